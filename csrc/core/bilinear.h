@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Note: [Bilinear sampling]
+//
+// A point (y, x) lies in the cell whose top left pixel is (top, left) = (floor(y), floor(x)), at the fraction
+// (fy, fx) of the cell:
+//
+//          left      left+1
+//   top    v[0] ------ v[1]      value      = (1-fy)(1-fx) v[0] + (1-fy) fx v[1] + fy (1-fx) v[2] + fy fx v[3]
+//           |    (y,x)   |       d value/dy = (1-fx) (v[2] - v[0]) + fx (v[3] - v[1])
+//   top+1  v[2] ------ v[3]      d value/dx = (1-fy) (v[1] - v[0]) + fy (v[3] - v[2])
+//
+// A corner outside the image counts as zero, and so does the whole sample unless -1 < y < height and
+// -1 < x < width. The value is continuous; its derivative jumps where y or x is an integer. There it is the
+// right-hand one (the cell begins at floor), except at y = -1 or x = -1, where the sample is outside and has none.
+//
+// An infinite or huge coordinate is simply outside. A NaN gives NaN fractions, and so a NaN sample, but no address.
+#pragma once
+
+#include <torch/headeronly/macros/Macros.h>
+
+#include <cmath>
+#include <cstdint>
+
+namespace mmdcn {
+
+constexpr int64_t kOutside = -1;
+
+// The four corners around a point, in the order of the note.
+template <typename T>
+struct BilinearCell {
+  int64_t pixel[4];  // y * width + x of the corner, or kOutside
+  T fy, fx;          // in [0, 1), or NaN
+
+  C10_HOST_DEVICE void weights(T scale, T (&weight)[4]) const {
+    weight[0] = (1 - fy) * (1 - fx) * scale;
+    weight[1] = (1 - fy) * fx * scale;
+    weight[2] = fy * (1 - fx) * scale;
+    weight[3] = fy * fx * scale;
+  }
+
+  // d sum(corner[i] * weight[i]) / d(y, x) from the corners' values, or from their products with a gradient.
+  C10_HOST_DEVICE T derivative_y(const T (&corner)[4]) const {
+    return (1 - fx) * (corner[2] - corner[0]) + fx * (corner[3] - corner[1]);
+  }
+  C10_HOST_DEVICE T derivative_x(const T (&corner)[4]) const {
+    return (1 - fy) * (corner[1] - corner[0]) + fy * (corner[3] - corner[2]);
+  }
+};
+
+template <typename T>
+C10_HOST_DEVICE BilinearCell<T> locate(int64_t height, int64_t width, T y, T x) {
+  const bool inside = y > -1 && y < static_cast<T>(height) && x > -1 && x < static_cast<T>(width);
+  if (!inside) {  // so that no huge or NaN coordinate is ever converted to an integer
+    const T fraction = (std::isnan(y) || std::isnan(x)) ? static_cast<T>(NAN) : static_cast<T>(0);
+    return {{kOutside, kOutside, kOutside, kOutside}, fraction, fraction};
+  }
+  const T floor_y = std::floor(y), floor_x = std::floor(x);
+  const int64_t top = static_cast<int64_t>(floor_y), left = static_cast<int64_t>(floor_x);
+  const bool has_top = top >= 0, has_bottom = top + 1 < height, has_left = left >= 0, has_right = left + 1 < width;
+  const int64_t first = top * width + left;
+  return {{has_top && has_left ? first : kOutside, has_top && has_right ? first + 1 : kOutside,
+           has_bottom && has_left ? first + width : kOutside, has_bottom && has_right ? first + width + 1 : kOutside},
+          y - floor_y,
+          x - floor_x};
+}
+
+}  // namespace mmdcn

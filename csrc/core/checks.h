@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// What keeps an operator from reading outside a tensor, whoever calls it. The messages a user normally sees come
+// from the checks in mmdcn/ops, which run first.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace mmdcn {
+
+template <typename Sizes>
+std::string to_string(const Sizes& sizes) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    text << (i ? ", " : "") << sizes[i];
+  }
+  text << "]";
+  return text.str();
+}
+
+inline void check_rank(const torch::stable::Tensor& tensor, const char* name, int64_t rank) {
+  STD_TORCH_CHECK(tensor.dim() == rank, name, " must have ", rank, " dimensions, got shape ", to_string(tensor.sizes()));
+}
+
+inline void check_shape(const torch::stable::Tensor& tensor, const char* name, const std::vector<int64_t>& expected) {
+  const auto sizes = tensor.sizes();
+  const bool same = std::vector<int64_t>(sizes.begin(), sizes.end()) == expected;
+  STD_TORCH_CHECK(same, name, " must have shape ", to_string(expected), ", got ", to_string(sizes));
+}
+
+inline void check_same_type(const torch::stable::Tensor& tensor, const char* name, torch::headeronly::ScalarType type) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", toString(type), ", got ",
+                  toString(tensor.scalar_type()));
+}
+
+inline void check_same_device(const torch::stable::Tensor& tensor, const char* name, const torch::stable::Tensor& input) {
+  STD_TORCH_CHECK(tensor.device() == input.device(), name, " must be on the device of input");
+}
+
+}  // namespace mmdcn

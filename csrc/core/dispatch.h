@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <type_traits>
+
+namespace mmdcn {
+
+using torch::headeronly::ScalarType;
+
+// The type to compute in: double for double, float for all that is narrower.
+inline ScalarType compute_type(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls body(T{}) with the C++ type of a compute type.
+template <typename Body>
+void dispatch_compute(ScalarType type, const Body& body) {
+  if (type == ScalarType::Double) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+// Calls body(T{}) with the C++ type of a storage type.
+template <typename Body>
+void dispatch_storage(ScalarType type, const char* name, const Body& body) {
+  switch (type) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Half:
+      return body(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return body(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16, got ", toString(type));
+  }
+}
+
+}  // namespace mmdcn

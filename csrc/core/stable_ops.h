@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// The few torch operators that torch::stable has no function for, and names for tensors seen as matrices.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+namespace mmdcn {
+
+using torch::stable::Tensor;
+
+template <typename... Args>
+Tensor call_torch(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor permute(const Tensor& self, const std::vector<int64_t>& dims) {
+  return call_torch("aten::permute", "", self, dims);
+}
+
+inline Tensor slice(Tensor self, int64_t dim, int64_t start, int64_t length) {
+  return torch::stable::narrow(self, dim, start, length);
+}
+
+// The tensor in a type, without its history: a worker thread is not below autograd, as the thread that calls an
+// operator is, and torch would refuse to write results of a tensor that requires a gradient to `out`.
+inline Tensor values_as(const Tensor& self, torch::headeronly::ScalarType type) {
+  return torch::stable::to(call_torch("aten::detach", "", self), type);
+}
+
+// out = a @ b
+inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  call_torch("aten::mm", "out", a, b, out);
+}
+
+// out = a @ weight^T + bias
+inline void linear_out(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+  call_torch("aten::linear", "out", a, weight, bias, out);
+}
+
+inline Tensor empty_matrix(const Tensor& like, torch::headeronly::ScalarType type, int64_t rows, int64_t columns) {
+  return torch::stable::empty({rows, columns}, type, std::nullopt, like.device());
+}
+
+// The memory format that suits a [B, C, H, W] tensor's strides: channels last if the channels lie next to each
+// other and the pixels do not. mmdcn.ops.deform_conv2d._memory_format is its twin.
+inline torch::headeronly::MemoryFormat memory_format(const Tensor& images) {
+  const bool channels_last = images.size(1) > 1 && images.stride(1) == 1 && images.stride(3) >= images.size(1);
+  return channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+}
+
+}  // namespace mmdcn

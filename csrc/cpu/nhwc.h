@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Images [B, C, H, W] of any strides and type, seen as NHWC rows in the type that kernels compute in. A tensor that
+// is so already is used in place.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../core/dispatch.h"
+#include "../core/stable_ops.h"
+
+namespace mmdcn {
+
+// Row `pixel` of N images holds the adjacent channels of pixel (n * H + y) * W + x.
+template <typename T>
+struct Rows {
+  Tensor images;  // [N, H, W, C]
+  T* data;
+  int64_t pixel_stride;
+
+  T* at(int64_t pixel, int64_t channel) const { return data + pixel * pixel_stride + channel; }
+};
+
+inline Tensor nhwc_view(const Tensor& images, int64_t first, int64_t count) {
+  return permute(slice(images, 0, first, count), {0, 2, 3, 1});
+}
+
+// The stride from pixel to pixel, if it is the same over rows and images and the channels are adjacent.
+inline std::optional<int64_t> uniform_pixel_stride(const Tensor& nhwc) {
+  std::optional<int64_t> pixel_stride;
+  int64_t pixels = 1;
+  for (int64_t dim = 2; dim >= 0; --dim) {
+    if (nhwc.size(dim) != 1) {
+      if (!pixel_stride) pixel_stride = nhwc.stride(dim);
+      if (nhwc.stride(dim) != *pixel_stride * pixels) return std::nullopt;
+    }
+    pixels *= nhwc.size(dim);
+  }
+  if (nhwc.size(3) != 1 && nhwc.stride(3) != 1) return std::nullopt;
+  return pixel_stride.value_or(nhwc.size(3));
+}
+
+inline bool is_nhwc_rows(const Tensor& images, ScalarType type) {
+  return images.scalar_type() == type && uniform_pixel_stride(permute(images, {0, 2, 3, 1}));
+}
+
+inline bool is_nhwc_matrix(const Tensor& images, ScalarType type) {
+  return images.scalar_type() == type && permute(images, {0, 2, 3, 1}).is_contiguous();
+}
+
+inline Tensor empty_nhwc(const Tensor& images, int64_t count, ScalarType type) {
+  return torch::stable::empty({count, images.size(2), images.size(3), images.size(1)}, type, std::nullopt,
+                              images.device());
+}
+
+template <typename T>
+Rows<T> nhwc_rows(const Tensor& images, int64_t first, int64_t count, ScalarType type) {
+  Tensor nhwc = nhwc_view(images, first, count);
+  std::optional<int64_t> pixel_stride = uniform_pixel_stride(nhwc);
+  if (!pixel_stride || images.scalar_type() != type) {
+    Tensor copy = empty_nhwc(images, count, type);
+    nhwc = torch::stable::copy_(copy, nhwc);
+    pixel_stride = images.size(1);
+  }
+  return {nhwc, static_cast<T*>(nhwc.data_ptr()), *pixel_stride};
+}
+
+// [count * H * W, C]
+inline Tensor nhwc_matrix(const Tensor& images, int64_t first, int64_t count, ScalarType type) {
+  return torch::stable::reshape(values_as(nhwc_view(images, first, count), type), {-1, images.size(1)});
+}
+
+}  // namespace mmdcn

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators compute, in plain PyTorch: slow and obvious, for tests, for reading and for rare derivatives."""
+
+from mmdcn.reference import conv2d
+from mmdcn.reference.deform_conv2d import deform_conv2d, deform_conv2d_backward
+
+__all__ = ['conv2d', 'deform_conv2d', 'deform_conv2d_backward']

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the compiled core; everything else about the package is in pyproject.toml.
+
+The core uses torch's stable ABI and no Python at all, so that one build serves every torch from 2.10 on and every
+Python from 3.10 on. The CPU library is built once per instruction set; `mmdcn._extension` loads the widest that
+the processor has. The CUDA library is built wherever nvcc is found, for a CPU-only torch too.
+"""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
+
+TORCH_TARGET_VERSION = '0x020a000000000000'  # 2.10
+CUDA_ARCHITECTURES = (80, 90, 100, 120)  # and PTX of the last for those to come
+SOURCES = sorted(str(path) for folder in ('ops', 'cpu') for path in Path('csrc', folder).glob('*.cpp'))
+CUDA_SOURCES = sorted(str(path) for path in Path('csrc/cuda').glob('*.cu'))
+DEPENDS = sorted(str(path) for path in Path('csrc').rglob('*.*h'))
+INSTRUCTION_SETS = {'_C': []}
+if platform.machine() in ('x86_64', 'AMD64'):
+    INSTRUCTION_SETS['_C_avx2'] = ['-march=x86-64-v3']
+    INSTRUCTION_SETS['_C_avx512'] = ['-march=x86-64-v4', '-mprefer-vector-width=512']
+
+
+def cpu_extension(name: str, instruction_set: list[str]) -> Extension:
+    return CppExtension(
+        f'mmdcn.{name}',
+        SOURCES,
+        depends=DEPENDS,
+        py_limited_api=True,
+        define_macros=[('TORCH_TARGET_VERSION', TORCH_TARGET_VERSION)],
+        extra_compile_args=[
+            '-O3',
+            '-Wall',
+            '-Wextra',
+            '-Wno-unused-parameter',  # in torch's headers
+            '-Werror',
+            '-g0',
+            '-fopenmp-simd',
+            '-fno-math-errno',
+            '-fno-trapping-math',
+            '-fvisibility=hidden',
+            *instruction_set,
+        ],
+    )
+
+
+def cuda_extension() -> Extension:
+    return Extension('mmdcn._C_cuda', CUDA_SOURCES, depends=DEPENDS, py_limited_api=True)
+
+
+class BuildCore(BuildExtension):
+    """Compiles the CUDA library with nvcc itself: torch's own CUDAExtension wants a CUDA build of torch."""
+
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name != 'mmdcn._C_cuda':
+            super().build_extension(extension)
+            return
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        architectures = [f'-gencode=arch=compute_{arch},code=sm_{arch}' for arch in CUDA_ARCHITECTURES]
+        newest = CUDA_ARCHITECTURES[-1]
+        subprocess.check_call(
+            [
+                'nvcc',
+                '-O3',
+                '-std=c++20',
+                '--shared',
+                '--threads=0',
+                '-Werror=all-warnings',
+                '-Xcompiler=-fPIC,-Wall,-fvisibility=hidden',
+                f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}',
+                *architectures,
+                f'-gencode=arch=compute_{newest},code=compute_{newest}',
+                *(f'-isystem={path}' for path in include_paths()),
+                *extension.sources,
+                f'-o={target}',
+                *(f'-L={path}' for path in library_paths()),
+                '-ltorch_cpu',
+            ]
+        )
+
+
+extensions = [cpu_extension(name, flags) for name, flags in INSTRUCTION_SETS.items()]
+if shutil.which('nvcc') and CUDA_SOURCES:
+    extensions.append(cuda_extension())
+setup(
+    ext_modules=extensions,
+    cmdclass={'build_ext': BuildCore},
+    options={'bdist_wheel': {'py_limited_api': 'cp310'}},
+)
