@@ -1,0 +1,61 @@
+# Trees in aerial photographs, tiles of about 400 x 400 pixels: python tools/dataset_converters/neon_trees.py
+dataset_type = 'CocoDataset'
+data_root = 'data/neon_trees/'
+metainfo = dict(classes=('tree',))
+
+train_pipeline = [
+    dict(type='mmdcn.LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='Resize', scale=(416, 416), keep_ratio=True),
+    dict(type='RandomFlip', prob=0.75, direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='mmdcn.LoadImageFromFile'),
+    dict(type='Resize', scale=(416, 416), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
+]
+
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    batch_sampler=dict(type='AspectRatioBatchSampler'),
+    dataset=dict(
+        type='RepeatDataset',
+        times=4,
+        dataset=dict(
+            type=dataset_type,
+            data_root=data_root,
+            metainfo=metainfo,
+            ann_file='annotations/train.json',
+            data_prefix=dict(img='train/'),
+            filter_cfg=dict(filter_empty_gt=False),
+            pipeline=train_pipeline,
+        ),
+    ),
+)
+test_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file='annotations/test.json',
+        data_prefix=dict(img='test/'),
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
+)
+val_dataloader = test_dataloader
+
+test_evaluator = dict(
+    type='CocoMetric', ann_file=data_root + 'annotations/test.json', metric='bbox'
+)
+val_evaluator = test_evaluator

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images from files."""
+
+from typing import Any
+
+from mmcv.transforms import loading
+
+from mmdcn.registry import TRANSFORMS
+
+
+@TRANSFORMS.register_module()
+class LoadImageFromFile(loading.LoadImageFromFile):
+    """mmcv's LoadImageFromFile, which takes half a file for no image, and says which file it was.
+
+    OpenCV, mmcv's default, fills the missing half of a truncated image with grey and goes on. Pillow refuses, so it
+    is the default here.
+
+    Raises:
+        OSError: If the file is missing or is not a whole image.
+    """
+
+    def __init__(self, *args: Any, imdecode_backend: str = 'pillow', **kwargs: Any) -> None:
+        super().__init__(*args, imdecode_backend=imdecode_backend, **kwargs)
+
+    def transform(self, results: dict) -> dict | None:
+        """Load `results['img_path']` into `results['img']`, [H, W, 3], BGR, 0 to 255."""
+        try:
+            return super().transform(results)
+        except (OSError, SyntaxError, AssertionError) as error:  # SyntaxError is Pillow's word for a broken PNG
+            raise OSError(
+                f'{results["img_path"]} could not be read as an image ({error}). If the file is there, it is '
+                'truncated or damaged: make or download it again.'
+            ) from error

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a command line to a runner, with a message for everything that a user can put right."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mmcv.ops
+import torch
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS, Registry, root
+from mmengine.runner import Runner
+
+_CONVERTERS = {
+    'mnist_scenes': 'python tools/dataset_converters/mnist_scenes.py',
+    'neon_trees': 'python tools/dataset_converters/neon_trees.py',
+    'coco': 'mim download mmdet --dataset coco2017',
+}
+
+
+_ROOTS = [registry for registry in vars(root).values() if isinstance(registry, Registry)]
+
+
+class LaunchError(Exception):
+    """Something a user can put right; the message says what and how."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share; they are those of mmdet's tools."""
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG]')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace the config\'s, such as train_dataloader.batch_size=2 or key="[(a,b),(c,d)]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed run',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that a command line names, with its options merged in.
+
+    Raises:
+        LaunchError: If the file is missing, or an option is not one of the config's.
+    """
+    if not Path(args.config).is_file():
+        raise LaunchError(
+            f'config {args.config} does not exist; `ls configs/*` lists those of mmdcn'
+        )
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    return cfg
+
+
+def build_runner(cfg: Config, *loops: str) -> Runner:
+    """Check that the data is there, and build the runner of a config.
+
+    Args:
+        cfg: The config.
+        loops: Which of its data loaders the run will use: `train`, `val`, `test`.
+
+    Raises:
+        LaunchError: If a file of the data is missing.
+    """
+    for loop in loops:
+        for dataset in _datasets(cfg.get(f'{loop}_dataloader', {}).get('dataset')):
+            _check_dataset(dataset, f'{loop}_dataloader')
+    # Recompiling for each shape of image would otherwise stop at torch's default limit.
+    setup_cache_size_limit_of_dynamo()
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        # mmengine would ask for a GPU of each process.
+        torch.distributed.init_process_group('gloo')
+    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+
+
+@contextmanager
+def explained(cfg: Config) -> Iterator[None]:
+    """Name the place in the config of a `type` that nothing knows: mmengine and mmcv do not.
+
+    Raises:
+        LaunchError: Instead of a KeyError that such a `type` has caused.
+    """
+    try:
+        yield
+    except KeyError as error:
+        scope = cfg.get('default_scope', 'mmengine')
+        unknown = [_describe(place, name) for place, name in _unknown_types(cfg, scope)]
+        if not unknown:
+            raise
+        raise LaunchError(
+            '; '.join(unknown) + '. Correct it, or name the module that registers it in custom_imports'
+        ) from error
+
+
+def run(main: Callable[[], None]) -> int:
+    """Run a tool, and print what a user can put right as one line instead of a traceback."""
+    try:
+        main()
+    except (LaunchError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def _datasets(dataset: ConfigDict | None) -> Iterator[ConfigDict]:
+    """Walk through wrappers such as RepeatDataset and ConcatDataset to the data sets that read files."""
+    if dataset is None:
+        return
+    inner = [dataset['dataset']] if 'dataset' in dataset else dataset.get('datasets', [])
+    for wrapped in inner:
+        yield from _datasets(wrapped)
+    if not inner:
+        yield dataset
+
+
+def _check_dataset(dataset: ConfigDict, loader: str) -> None:
+    data_root = dataset.get('data_root') or ''
+    prefix = dataset.get('data_prefix') or {}
+    wanted = {'ann_file': dataset.get('ann_file'), **{f'data_prefix.{key}': prefix[key] for key in prefix}}
+    for key, name in wanted.items():
+        if not name or '://' in f'{data_root}{name}':
+            continue
+        path = Path(data_root, name)
+        if not path.exists():
+            hint = next((how for what, how in _CONVERTERS.items() if what in path.as_posix()), None)
+            raise LaunchError(
+                f'{loader}.dataset.{key}: {path} does not exist. '
+                + (f'Get it by `{hint}`, or set' if hint else 'Set')
+                + f' {loader}.dataset.data_root and {key} to where it is'
+            )
+
+
+def _unknown_types(cfg: Config, scope: str) -> Iterator[tuple[str, str]]:
+    """Give the place and the name of every `type` that neither a registry nor mmcv.ops has."""
+    for place, name in _types(cfg._cfg_dict, ''):
+        full_name = name if '.' in name else f'{scope}.{name}'
+        if not any(registry.get(full_name) for registry in _ROOTS) and not hasattr(mmcv.ops, name):
+            yield place, name
+
+
+def _types(node: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        if isinstance(node.get('type'), str):
+            yield f'{place}type', node['type']
+        for key, value in node.items():
+            yield from _types(value, f'{place}{key}.')
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _types(value, f'{place[:-1]}[{index}].')
+
+
+def _describe(place: str, name: str) -> str:
+    registries = [registry for top in _ROOTS for registry in (top, *top.children.values())]
+    known = {key for registry in registries for key in registry.module_dict}
+    close = difflib.get_close_matches(name.split('.')[-1], known, n=3)
+    hint = f'; did you mean {" or ".join(map(repr, close))}?' if close else ''
+    return f'{place}: {name!r} is not registered{hint}'

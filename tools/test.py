@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test a checkpoint of a detector, and print its average precision."""
+
+import argparse
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmengine.config import Config, ConfigDict
+
+from mmdcn.engine.launch import LaunchError, add_arguments, build_runner, explained, load_config, run
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='the config file')
+    parser.add_argument('checkpoint', help='the checkpoint file')
+    add_arguments(parser)
+    parser.add_argument('--out', metavar='FILE.pkl', help='write the detections to this file')
+    parser.add_argument('--show', action='store_true', help='show each image with its detections')
+    parser.add_argument(
+        '--show-dir', help='write each image with its detections into this folder of the work folder'
+    )
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds to show each image for [%(default)s]'
+    )
+    parser.add_argument(
+        '--tta', action='store_true', help='average over flips, or over the config\'s tta_pipeline'
+    )
+    args = parser.parse_args()
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must end with .pkl or .pickle, got {args.out}')
+    return args
+
+
+def use_tta(cfg: Config) -> None:
+    """Wrap the model for test-time augmentation; what the config does not say is mmdet's default."""
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'tta_model' not in cfg:
+        nms = dict(type='nms', iou_threshold=0.5)
+        cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=nms, max_per_img=100))
+    if 'tta_pipeline' not in cfg:
+        *loading, pack = deepcopy(dataset.pipeline)
+        keys = (*pack.get('meta_keys', ()), 'flip', 'flip_direction')
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        packs = [dict(pack, meta_keys=keys)]
+        cfg.tta_pipeline = [*loading, dict(type='TestTimeAug', transforms=[flips, packs])]
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
+        raise LaunchError(
+            f'checkpoint {args.checkpoint} does not exist; `python tools/train.py {args.config}` makes one'
+        )
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        cfg = trigger_visualization_hook(cfg, args)
+    if args.tta:
+        use_tta(cfg)
+    with explained(cfg):
+        runner = build_runner(cfg, 'test')
+        if args.out is not None:
+            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+        runner.test()
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a detector from a config."""
+
+import argparse
+import sys
+
+from mmengine.config import Config
+
+from mmdcn.engine.launch import LaunchError, add_arguments, build_runner, explained, load_config, run
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='the config file')
+    add_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision (on a GPU)')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate from the batch size that the config was made for to the actual one',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint; without one, from the last in the work folder, if there is any',
+    )
+    return parser.parse_args()
+
+
+def apply_arguments(cfg: Config, args: argparse.Namespace) -> None:
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise LaunchError(
+                '--auto-scale-lr needs to know the batch size that the learning rate was chosen for: '
+                'set auto_scale_lr.base_batch_size in the config'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    apply_arguments(cfg, args)
+    with explained(cfg):
+        build_runner(cfg, 'train', 'val').train()
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))
