@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-CONFIG := configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_8e_mnist-scenes.py
+CONFIG := configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py
 WORK_DIR := work_dirs/$(notdir $(CONFIG:.py=))
 
 .PHONY: demo test lint setup clean

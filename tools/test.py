@@ -10,7 +10,14 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 
-from mmdcn.engine.launch import LaunchError, add_arguments, build_runner, explained, load_config, run
+from mmdcn.engine.launch import (
+    LaunchError,
+    add_arguments,
+    build_runner,
+    explained,
+    load_config,
+    run,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,14 +28,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections to this file')
     parser.add_argument('--show', action='store_true', help='show each image with its detections')
     parser.add_argument(
-        '--show-dir', help='write each image with its detections into this folder of the work folder'
+        '--show-dir',
+        help='write each image with its detections into this folder of the work folder',
     )
-    parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds to show each image for [%(default)s]'
-    )
-    parser.add_argument(
-        '--tta', action='store_true', help='average over flips, or over the config\'s tta_pipeline'
-    )
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each image for [%(default)s]')
+    parser.add_argument('--tta', action='store_true', help="average over flips, or over the config's tta_pipeline")
     args = parser.parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         parser.error(f'--out must end with .pkl or .pickle, got {args.out}')

@@ -6,7 +6,14 @@ import sys
 
 from mmengine.config import Config
 
-from mmdcn.engine.launch import LaunchError, add_arguments, build_runner, explained, load_config, run
+from mmdcn.engine.launch import (
+    LaunchError,
+    add_arguments,
+    build_runner,
+    explained,
+    load_config,
+    run,
+)
 
 
 def parse_args() -> argparse.Namespace:

@@ -26,7 +26,11 @@ class LoadImageFromFile(loading.LoadImageFromFile):
         """Load `results['img_path']` into `results['img']`, [H, W, 3], BGR, 0 to 255."""
         try:
             return super().transform(results)
-        except (OSError, SyntaxError, AssertionError) as error:  # SyntaxError is Pillow's word for a broken PNG
+        except (
+            OSError,
+            SyntaxError,
+            AssertionError,
+        ) as error:  # SyntaxError is Pillow's word for a broken PNG
             raise OSError(
                 f'{results["img_path"]} could not be read as an image ({error}). If the file is there, it is '
                 'truncated or damaged: make or download it again.'

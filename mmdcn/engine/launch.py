@@ -57,9 +57,7 @@ def load_config(args: argparse.Namespace) -> Config:
         LaunchError: If the file is missing, or an option is not one of the config's.
     """
     if not Path(args.config).is_file():
-        raise LaunchError(
-            f'config {args.config} does not exist; `ls configs/*` lists those of mmdcn'
-        )
+        raise LaunchError(f'config {args.config} does not exist; `ls configs/*` lists those of mmdcn')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
@@ -136,7 +134,10 @@ def _datasets(dataset: ConfigDict | None) -> Iterator[ConfigDict]:
 def _check_dataset(dataset: ConfigDict, loader: str) -> None:
     data_root = dataset.get('data_root') or ''
     prefix = dataset.get('data_prefix') or {}
-    wanted = {'ann_file': dataset.get('ann_file'), **{f'data_prefix.{key}': prefix[key] for key in prefix}}
+    wanted = {
+        'ann_file': dataset.get('ann_file'),
+        **{f'data_prefix.{key}': prefix[key] for key in prefix},
+    }
     for key, name in wanted.items():
         if not name or '://' in f'{data_root}{name}':
             continue

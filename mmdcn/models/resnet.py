@@ -12,15 +12,11 @@ from mmdcn.registry import MODELS
 class BasicBlock(resnet.BasicBlock):
     """mmdet's BasicBlock, whose second 3x3 convolution, the one without a stride, may be deformable."""
 
-    def __init__(
-        self, inplanes: int, planes: int, *args: Any, dcn: dict | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, inplanes: int, planes: int, *args: Any, dcn: dict | None = None, **kwargs: Any) -> None:
         super().__init__(inplanes, planes, *args, **kwargs)
         if dcn is not None:
             layer = {key: value for key, value in dcn.items() if key != 'fallback_on_stride'}
-            self.conv2 = build_conv_layer(
-                layer, planes, planes, kernel_size=3, padding=1, bias=False
-            )
+            self.conv2 = build_conv_layer(layer, planes, planes, kernel_size=3, padding=1, bias=False)
 
 
 @MODELS.register_module()

@@ -57,9 +57,7 @@ class SamplingRecorder:
         for handle in self._handles:
             handle.remove()
 
-    def points(
-        self, name: str, y: float, x: float, depth: int = 2
-    ) -> tuple[Tensor, Tensor]:  # [N, 2], [N]
+    def points(self, name: str, y: float, x: float, depth: int = 2) -> tuple[Tensor, Tensor]:  # [N, 2], [N]
         """Follow the taps of a layer, and theirs through the layers before it, back to the image.
 
         This is the figure of Dai et al., ICCV 2017, section 4.1: a tap of a layer is followed from the position that
@@ -93,9 +91,7 @@ class SamplingRecorder:
             input_stride = round(self._input_height / inputs[0].shape[2])
             out_size = (output.shape[2], output.shape[3])
             regular = torch.stack(
-                regular_places(
-                    layer.kernel_size, out_size, layer.stride, layer.padding, layer.dilation, output
-                ),
+                regular_places(layer.kernel_size, out_size, layer.stride, layer.padding, layer.dilation, output),
                 dim=1,
             )  # [K, 2, P]
             offset = output[0, : 2 * taps].detach().float().view(taps, 2, *out_size)
@@ -107,8 +103,6 @@ class SamplingRecorder:
                 else torch.ones(taps, *out_size)
             )
             places = (regular.view(offset.shape) + offset) * input_stride
-            self.layers.append(
-                SampledLayer(name, input_stride * layer.stride[0], places.cpu(), weights.cpu())
-            )
+            self.layers.append(SampledLayer(name, input_stride * layer.stride[0], places.cpu(), weights.cpu()))
 
         return record

@@ -22,10 +22,12 @@ from mmdcn.engine.launch import LaunchError, run
 from mmdcn.visualization import SamplingRecorder
 
 
+# Behind the text, so that it can be read on any ground.
+LABEL = dict(facecolor='black', alpha=0.6, lw=0, pad=0.8)
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('config', help='the config file')
     parser.add_argument('checkpoint', help='the checkpoint file')
     parser.add_argument('--out', type=Path, required=True, help='the picture to write')
@@ -53,23 +55,23 @@ def draw_image(
     for box, label, score in zip(found.bboxes, found.labels, found.scores, strict=True):
         left, top, right, bottom = box.tolist()
         ax.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, color='lime', lw=1.2))
-        ax.text(left, top - 1, f'{classes[label]} {score:.2f}', color='lime', fontsize=7, va='bottom')
+        ax.text(left, top - 1, f'{classes[label]} {score:.2f}', color='lime', fontsize=7, va='bottom', bbox=LABEL)
         if not recorder.layers:
             continue
         y, x = (top + bottom) / 2, (left + right) / 2
         layer = layer_for(recorder, max(right - left, bottom - top))
         places, weights = recorder.points(layer, y * scale_y, x * scale_x, args.depth)
-        shade = (weights / weights.max()).clamp(min=0.15)
-        ax.scatter(places[:, 1] / scale_x, places[:, 0] / scale_y, s=5, c='red', alpha=shade.numpy(), lw=0)
+        shade = (weights / weights.max()).clamp(min=0.25)
+        ax.scatter(places[:, 1] / scale_x, places[:, 0] / scale_y, s=7, c='red', alpha=shade.numpy(), lw=0)
         ax.plot(x, y, '+', color='cyan', ms=6)
     ax.set_xlim(0, image.shape[1])
     ax.set_ylim(image.shape[0], 0)
 
 
 def layer_for(recorder: SamplingRecorder, size: float) -> str:
-    """Give the last layer of the stride that puts about four positions across an object."""
+    """Give the last layer of the stride that puts about eight positions across an object."""
     strides = {layer.stride: layer.name for layer in recorder.layers}
-    return strides[min(strides, key=lambda stride: abs(np.log2(stride * 4 / size)))]
+    return strides[min(strides, key=lambda stride: abs(np.log2(stride * 8 / size)))]
 
 
 def main() -> None:

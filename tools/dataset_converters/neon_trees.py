@@ -39,9 +39,7 @@ import cv2
 import numpy as np
 from coco_folder import CocoSplit, DatasetError, Wheel, build_folder, fetch_wheel, progress, run
 
-WHEEL = Wheel(
-    'deepforest', '2.1.0', '8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54'
-)
+WHEEL = Wheel('deepforest', '2.1.0', '8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54')
 PHOTOS = {
     'train': ('2019_YELL_2_528000_4978000_image_crop2', 'SOAP_061'),
     'test': ('2019_YELL_2_541000_4977000_image_crop', 'OSBS_029'),
@@ -55,8 +53,7 @@ def read_photo(wheel: zipfile.ZipFile, photo: str) -> tuple[np.ndarray, np.ndarr
     image = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
     tree = ElementTree.fromstring(wheel.read(f'deepforest/data/{photo}.xml'))
     corners = [
-        [int(box.findtext(corner, '')) for corner in ('xmin', 'ymin', 'xmax', 'ymax')]
-        for box in tree.iter('bndbox')
+        [int(box.findtext(corner, '')) for corner in ('xmin', 'ymin', 'xmax', 'ymax')] for box in tree.iter('bndbox')
     ]
     return image, np.array(corners) - [1, 1, 0, 0]
 

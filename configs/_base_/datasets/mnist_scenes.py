@@ -49,7 +49,5 @@ test_dataloader = dict(
 )
 val_dataloader = test_dataloader
 
-test_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'annotations/test.json', metric='bbox'
-)
+test_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/test.json', metric='bbox')
 val_evaluator = test_evaluator

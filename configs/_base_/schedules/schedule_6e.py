@@ -1,11 +1,11 @@
-# 8 epochs from scratch: AdamW, a short warm-up and a cosine.
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=8, val_interval=4)
+# 6 epochs from scratch: AdamW, a short warm-up and a cosine.
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=6, val_interval=3)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=8, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=6, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(
     type='OptimWrapper',

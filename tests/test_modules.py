@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers: mmcv's to a user and to the ecosystem, on mmdcn's operator."""
+
+import subprocess
+import sys
+
+import mmcv.ops
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_conv_layer
+from mmdet.models.backbones import ResNet
+from mmengine.optim import build_optim_wrapper
+
+from mmdcn import modules
+
+LAYERS = {
+    'DCN': (modules.DeformConv2dPack, mmcv.ops.DeformConv2dPack),
+    'DCNv2': (modules.ModulatedDeformConv2dPack, mmcv.ops.ModulatedDeformConv2dPack),
+}
+SETTINGS = [
+    dict(in_channels=4, out_channels=6, kernel_size=3, padding=1),
+    dict(in_channels=4, out_channels=2, kernel_size=1, deform_groups=2),
+    dict(in_channels=6, out_channels=4, kernel_size=(3, 2), stride=(2, 1), padding=(1, 2), groups=2),
+    dict(in_channels=6, out_channels=9, kernel_size=3, padding=2, dilation=2, groups=3, deformable_groups=2),
+]
+# Both sum K * C_in <= 54 products of float32 in some order, so they differ by at most 2 * 54 * 2**-24 < 1e-5 of the
+# sum of the products' magnitudes.
+RELATIVE = 1e-5
+
+
+def random_pair(name: str, settings: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
+    ours, theirs = (layer(**settings, bias=False) for layer in LAYERS[name])
+    state = {key: torch.randn_like(value) for key, value in theirs.state_dict().items()}
+    ours.load_state_dict(state)
+    theirs.load_state_dict(state)
+    return ours, theirs
+
+
+@pytest.mark.parametrize('settings', SETTINGS, ids=str)
+@pytest.mark.parametrize('name', LAYERS)
+def test_a_random_state_dict_gives_the_output_and_the_gradients_of_mmcv(name: str, settings: dict) -> None:
+    torch.manual_seed(0)
+    ours, theirs = random_pair(name, settings)
+    x = torch.randn(2, settings['in_channels'], 7, 9)
+    outputs, gradients = [], []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        outputs.append(layer(leaf))
+        seed = torch.linspace(-1, 1, outputs[-1].numel()).view_as(outputs[-1])
+        gradients.append(torch.autograd.grad(outputs[-1], [leaf, *layer.parameters()], seed))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=RELATIVE, atol=RELATIVE * outputs[1].abs().max().item())
+    for got, expected in zip(*gradients, strict=True):
+        # A gradient sums over up to 2 * 63 positions as well: 126 times as many products.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('name', [*LAYERS, 'ModulatedDCN'])
+def test_a_config_finds_the_layer_without_any_import(name: str) -> None:
+    code = f"""
+import mmdet.models
+from mmengine.registry import DefaultScope
+DefaultScope.get_instance('test', scope_name='mmdet')
+backbone = mmdet.models.ResNet(50, dcn=dict(type='mmdcn.{name}', deform_groups=1), stage_with_dcn=(0, 0, 0, 1))
+print(type(backbone.layer4[0].conv2).__module__)
+"""
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == 'mmdcn.modules.deform_conv2d'
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_the_layer_is_an_instance_of_the_class_of_mmcv(name: str) -> None:
+    layer = build_conv_layer(dict(type=f'mmdcn.{name}'), 4, 4, kernel_size=3)
+    assert isinstance(layer, LAYERS[name][1])
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_dcn_offset_lr_mult_reaches_the_offsets_and_nothing_else(name: str) -> None:
+    model = torch.nn.Sequential(build_conv_layer(dict(type=f'mmdcn.{name}'), 4, 4, kernel_size=3))
+    settings = dict(optimizer=dict(type='SGD', lr=1.0), paramwise_cfg=dict(dcn_offset_lr_mult=0.1))
+    wrapper = build_optim_wrapper(model, settings)
+    rates = {id(group['params'][0]): group['lr'] for group in wrapper.optimizer.param_groups}
+    for parameter_name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == (0.1 if 'conv_offset' in parameter_name else 1.0), parameter_name
+
+
+def test_a_new_dcn_is_a_convolution() -> None:
+    torch.manual_seed(0)
+    layer = modules.DeformConv2dPack(4, 6, 3, padding=1, bias=True)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(1, 4, 5, 7)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), rtol=RELATIVE, atol=1e-5)
+
+
+def test_a_new_dcnv2_is_half_a_convolution() -> None:
+    torch.manual_seed(0)
+    layer = modules.ModulatedDeformConv2dPack(4, 6, 3, padding=1, bias=False)
+    x = torch.randn(1, 4, 5, 7)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, padding=1) / 2, rtol=RELATIVE, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_from_scratch_the_offsets_are_zero_and_the_weight_is_drawn_as_that_of_a_convolution(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = ResNet(50, dcn=dict(type=f'mmdcn.{name}'), stage_with_dcn=(False, False, False, True))
+    backbone.init_weights()
+    layer, plain = backbone.layer4[1].conv2, backbone.layer3[1].conv2
+    assert layer.conv_offset.weight.abs().max() == 0
+    assert layer.conv_offset.bias.abs().max() == 0
+    # Kaiming's standard deviation is sqrt(2 / fan_out); over 2.4 million draws its estimate is within 1 % of it.
+    for conv in (layer, plain):
+        fan_out = conv.weight.shape[0] * 9
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_loading_a_checkpoint_says_nothing(name: str, capfd: pytest.CaptureFixture) -> None:
+    layer = build_conv_layer(dict(type=f'mmdcn.{name}'), 4, 4, kernel_size=3)
+    layer.load_state_dict(layer.state_dict())
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_under_autocast_the_offsets_are_predicted_in_float32(name: str) -> None:
+    torch.manual_seed(0)
+    layer = build_conv_layer(dict(type=f'mmdcn.{name}'), 4, 4, kernel_size=3, padding=1)
+    torch.nn.init.normal_(layer.conv_offset.weight)
+    x = torch.randn(1, 4, 5, 7).bfloat16()
+    predicted = []
+    layer.conv_offset.register_forward_hook(lambda *call: predicted.append(call[-1]))
+    with torch.autocast('cpu', torch.bfloat16):
+        output = layer(x)
+    expected = F.conv2d(x.float(), layer.conv_offset.weight, layer.conv_offset.bias, padding=1)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(predicted[0], expected, rtol=0, atol=0)

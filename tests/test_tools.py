@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command-line tools, run as a user runs them, on a data set of a few scenes."""
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mnist_scenes
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / 'configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py'
+EPOCHS = 4
+Tool = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('data') / 'mnist_scenes'
+    assert mnist_scenes.main(['--out-dir', str(folder), '--num-train', '8', '--num-test', '4', '--size', '96']) == 0
+    return folder
+
+
+def options(data: Path) -> list[str]:
+    """Shrink the experiment to seconds."""
+    return [
+        '--cfg-options',
+        f'train_cfg.max_epochs={EPOCHS}',
+        f'train_cfg.val_interval={EPOCHS}',
+        'train_dataloader.batch_size=4',
+        'default_hooks.logger.interval=1',
+        'model.backbone.base_channels=8',
+        'model.neck.in_channels=[8,16,32,64]',
+        *(f'{loop}_dataloader.dataset.data_root={data}/' for loop in ('train', 'val', 'test')),
+        *(f'{loop}_evaluator.ann_file={data}/annotations/test.json' for loop in ('val', 'test')),
+    ]
+
+
+def command(tool: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / 'tools' / tool), *map(str, arguments)]
+
+
+def run(tool: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(tool, *arguments), capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    # The checkpoints of these tests are their own; mmengine stores its log's objects beside the weights.
+    return torch.load(checkpoint, weights_only=False)['state_dict']
+
+
+@pytest.fixture(scope='session')
+def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work_dir = tmp_path_factory.mktemp('trained')
+    result = run('train.py', CONFIG, '--work-dir', work_dir, *options(scenes))
+    assert result.returncode == 0, result.stderr
+    return work_dir
+
+
+def test_training_saves_a_checkpoint_and_its_average_precision(trained: Path) -> None:
+    assert (trained / f'epoch_{EPOCHS}.pth').is_file()
+    (log,) = trained.glob('*/vis_data/scalars.json')
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert 0 <= entries[-1]['coco/bbox_mAP_50'] <= 1
+    assert len([entry for entry in entries if 'loss' in entry]) == 2 * EPOCHS
+
+
+def test_training_moves_the_offsets(trained: Path) -> None:
+    offsets = [value for key, value in weights(trained / f'epoch_{EPOCHS}.pth').items() if 'conv_offset' in key]
+    assert offsets
+    assert all(value.abs().max() > 0 for value in offsets)
+
+
+def test_testing_prints_the_average_precision_of_the_training_and_dumps_detections(
+    trained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / 'detections.pkl'
+    result = run(
+        'test.py', CONFIG, trained / f'epoch_{EPOCHS}.pth', '--work-dir', tmp_path, '--out', out,
+        '--show-dir', 'pictures', *options(scenes),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (log,) = trained.glob('*/vis_data/scalars.json')
+    expected = json.loads(log.read_text().splitlines()[-1])['coco/bbox_mAP_50']
+    assert f'coco/bbox_mAP_50: {expected:.4f}' in result.stdout + result.stderr
+    assert len(pickle.loads(out.read_bytes())) == 4
+    assert len(list(tmp_path.glob('**/pictures/**/*.png'))) == 4
+
+
+def test_test_time_augmentation_runs_without_a_word_in_the_config(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    checkpoint = trained / f'epoch_{EPOCHS}.pth'
+    result = run('test.py', CONFIG, checkpoint, '--work-dir', tmp_path, '--tta', *options(scenes))
+    assert result.returncode == 0, result.stderr
+    assert 'coco/bbox_mAP_50' in result.stdout + result.stderr
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_bits(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    arguments = command('train.py', CONFIG, '--work-dir', tmp_path, '--resume', *options(scenes))
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        while not (tmp_path / 'last_checkpoint').exists():
+            assert process.poll() is None, 'ended before its first checkpoint'
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / f'epoch_{EPOCHS}.pth').exists(), 'was not killed in time'
+
+    result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 'resumed epoch: ' in result.stdout + result.stderr
+    expected = weights(trained / f'epoch_{EPOCHS}.pth')
+    resumed = weights(tmp_path / f'epoch_{EPOCHS}.pth')
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+
+
+def test_the_sampling_points_are_drawn(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    (config,) = trained.glob('*.py')
+    out = tmp_path / 'demo.png'
+    result = run(
+        'analysis_tools/draw_sampling_points.py', config, trained / f'epoch_{EPOCHS}.pth',
+        '--out', out, '--num-images', '2', '--score', '0',
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert out.read_bytes().startswith(b'\x89PNG')
+
+
+def truncated(scenes: Path, folder: Path) -> Path:
+    copy = folder / 'truncated'
+    shutil.copytree(scenes, copy)
+    for image in (copy / 'train').glob('*.png'):
+        image.write_bytes(image.read_bytes()[:2000])
+    return copy
+
+
+def missing_annotations(scenes: Path, folder: Path) -> Path:
+    copy = folder / 'mnist_scenes'
+    shutil.copytree(scenes, copy)
+    (copy / 'annotations/train.json').unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ('data', 'option', 'words'),
+    [
+        (missing_annotations, None, ['annotations/train.json does not exist', 'dataset_converters/mnist_scenes.py']),
+        (truncated, None, ['.png could not be read as an image', 'truncated', 'make or download it again']),
+        (None, 'model.backbone.dcn.type=mmdcn.DCNv2x', ['model.backbone.dcn.type', "'mmdcn.DCNv2x'", "mean 'DCNv2'"]),
+        (None, 'model.type=FasterRCN', ['model.type', "'FasterRCN'", "mean 'FasterRCNN'"]),
+        (None, 'train_dataloader.dataset.type=CocoDatset', ['train_dataloader.dataset.type', "'CocoDataset'"]),
+    ],
+)
+def test_a_mistake_is_named_in_one_line_and_leaves_no_checkpoint(
+    data: Callable[[Path, Path], Path] | None, option: str | None, words: list[str], scenes: Path, tmp_path: Path
+) -> None:
+    folder = data(scenes, tmp_path) if data else scenes
+    extra = [option] if option else []
+    result = run('train.py', CONFIG, '--work-dir', tmp_path / 'work', *options(folder), *extra)
+    message = result.stderr.splitlines()[-1]
+    assert result.returncode == 1
+    assert message.startswith('error: ')
+    assert all(word in message for word in words), message
+    assert 'Traceback' not in result.stderr
+    assert not list(tmp_path.glob('work/**/*.pth'))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (('train.py', 'configs/none.py'), ['config configs/none.py does not exist']),
+        (('test.py', CONFIG, 'none.pth'), ['checkpoint none.pth does not exist', 'tools/train.py']),
+        (
+            ('train.py', 'configs/dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py'),
+            ['data/coco/annotations/instances_train2017.json does not exist', 'mim download mmdet'],
+        ),
+    ],
+    ids=['config', 'checkpoint', 'coco'],
+)
+def test_a_missing_file_is_named_with_what_to_do(arguments: tuple, words: list[str], tmp_path: Path) -> None:
+    result = run(*arguments, '--work-dir', tmp_path)
+    message = result.stderr.splitlines()[-1]
+    assert result.returncode == 1
+    assert message.startswith('error: ')
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir())
