@@ -21,7 +21,6 @@ from mmengine.config import Config
 from mmdcn.engine.launch import LaunchError, run
 from mmdcn.visualization import SamplingRecorder
 
-
 # Behind the text, so that it can be read on any ground.
 LABEL = dict(facecolor='black', alpha=0.6, lw=0, pad=0.8)
 

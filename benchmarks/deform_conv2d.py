@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution: the shapes that matter, and everything that computes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmdcn
+
+PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'onnxruntime', 'openvino', 'torchvision')
+BASELINE = 'conv2d'
+Call = Callable[[], object]
+Build = Callable[[], Call]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer. The default is a 3x3 of ResNet-50."""
+
+    name: str
+    channels: int
+    height: int  # of the output
+    width: int
+    batch: int = 2
+    kernel: int = 3
+    stride: int = 1
+    groups: int = 1
+    offset_groups: int = 1
+    mask: bool = True
+    dtype: torch.dtype = torch.float32
+
+
+# The 3x3 convolutions of ResNet-50's stages at an image of 800 x 1344 pixels.
+C3 = Case('c3', 128, 100, 168)
+C4 = Case('c4', 256, 50, 84)
+C5 = Case('c5', 512, 25, 42)
+STAGES = (C3, C4, C5)
+CASES = {
+    'stages': STAGES,
+    'batch-1': tuple(replace(case, name=f'{case.name} batch 1', batch=1) for case in STAGES),
+    'bf16': tuple(replace(case, name=f'{case.name} bf16', dtype=torch.bfloat16) for case in STAGES),
+    'variants': (
+        replace(C4, name='c4 stride 2', stride=2, height=25, width=42),
+        replace(C4, name='c4 4 offset groups', offset_groups=4),
+        replace(C4, name='c4 32 groups', groups=32),
+        replace(C4, name='c4 no mask', mask=False),
+        replace(C4, name='c4 1x1', kernel=1),
+        replace(C4, name='c4 5x5', kernel=5),
+        Case('160 x 160 detector', 64, 20, 20, batch=8),
+    ),
+}
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case, in the layout that the first `conv2d` candidate has."""
+
+    input: Tensor  # [B, C, H, W]
+    offset: Tensor  # [B, 2*G*K, H_out, W_out], within 2 pixels or so
+    weight: Tensor  # [C, C/groups, kh, kw]
+    mask: Tensor | None  # [B, G*K, H_out, W_out]
+    stride: int
+    padding: int
+    groups: int
+    offset_groups: int
+
+    def channels_last(self) -> 'Inputs':
+        return replace(
+            self,
+            input=self.input.contiguous(memory_format=torch.channels_last),
+            weight=self.weight.contiguous(memory_format=torch.channels_last),
+        )
+
+    def leaves(self) -> 'Inputs':
+        """Copies that require gradients."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+        mask = None if self.mask is None else leaf(self.mask)
+        return replace(self, input=leaf(self.input), offset=leaf(self.offset), weight=leaf(self.weight), mask=mask)
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    torch.manual_seed(0)
+    taps, size = case.kernel**2, (case.height, case.width)
+    options: dict[str, Any] = dict(device=device, dtype=case.dtype)
+    mask = torch.rand(case.batch, case.offset_groups * taps, *size, **options) if case.mask else None
+    return Inputs(
+        torch.randn(case.batch, case.channels, *(case.stride * n for n in size), **options),
+        torch.randn(case.batch, case.offset_groups * 2 * taps, *size, **options),
+        torch.randn(case.channels, case.channels // case.groups, case.kernel, case.kernel, **options) * 0.02,
+        mask,
+        case.stride,
+        case.kernel // 2,
+        case.groups,
+        case.offset_groups,
+    )
+
+
+def conv2d(x: Inputs) -> Tensor:
+    return F.conv2d(x.input, x.weight, None, x.stride, x.padding, 1, x.groups)
+
+
+def mmdcn_deform_conv2d(x: Inputs) -> Tensor:
+    return mmdcn.ops.deform_conv2d(x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask)
+
+
+def mmcv_deform_conv2d(x: Inputs) -> Tensor:
+    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
+
+    geometry = (x.stride, x.padding, 1, x.groups, x.offset_groups)
+    if x.mask is None:
+        return deform_conv2d(x.input, x.offset, x.weight, *geometry)
+    return modulated_deform_conv2d(x.input, x.offset, x.mask, x.weight, None, *geometry)
+
+
+def torchvision_deform_conv2d(x: Inputs) -> Tensor:
+    from torchvision.ops import deform_conv2d
+
+    return deform_conv2d(x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask)
+
+
+def reference_deform_conv2d(x: Inputs) -> Tensor:
+    return mmdcn.reference.deform_conv2d(x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask)
+
+
+def onnxruntime_session(x: Inputs) -> Call:
+    """DeformConv of opset 22 in ONNX Runtime, with the weight as a constant, as an exported model has it."""
+    import onnxruntime
+    from onnx import TensorProto, checker, helper, numpy_helper
+
+    feeds = {'x': x.input.numpy(), 'offset': x.offset.numpy()}
+    if x.mask is not None:
+        feeds['mask'] = x.mask.numpy()
+    names = ['x', 'w', 'offset', *(['', 'mask'] if x.mask is not None else [])]
+    node = helper.make_node(
+        'DeformConv',
+        names,
+        ['y'],
+        group=x.groups,
+        offset_group=x.offset_groups,
+        kernel_shape=list(x.weight.shape[2:]),
+        pads=[x.padding] * 4,
+        strides=[x.stride] * 2,
+    )
+    infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, v.shape) for k, v in feeds.items()]
+    output = helper.make_tensor_value_info('y', TensorProto.FLOAT, [len(x.input), len(x.weight), *x.offset.shape[2:]])
+    graph = helper.make_graph([node], 'g', infos, [output], [numpy_helper.from_array(x.weight.numpy(), 'w')])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 22)], ir_version=10)
+    checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    return lambda: session.run(None, feeds)[0]
+
+
+def openvino_request(x: Inputs) -> Call:
+    """DeformableConvolution of opset 8 in OpenVINO, likewise, in float32."""
+    import openvino
+    from openvino import opset8
+
+    feeds = [x.input.numpy(), x.offset.numpy(), *([x.mask.numpy()] if x.mask is not None else [])]
+    parameters = [opset8.parameter(feed.shape, np.float32) for feed in feeds]
+    weight = x.weight.numpy()
+    if x.groups > 1:
+        raise NotImplementedError('its fast kernel takes one group')
+    node = opset8.deformable_convolution(
+        parameters[0],
+        parameters[1],
+        opset8.constant(weight),
+        [x.stride] * 2,
+        [x.padding] * 2,
+        [x.padding] * 2,
+        [1, 1],
+        parameters[2] if x.mask is not None else None,
+        'EXPLICIT',
+        x.groups,
+        x.offset_groups,
+        True,  # beyond the image is zero
+    )
+    hints = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'}
+    compiled = openvino.Core().compile_model(openvino.Model([node], parameters), 'CPU', hints)
+    request = compiled.create_infer_request()
+    return lambda: request.infer(feeds, share_inputs=True)
+
+
+PEERS = {
+    'mmcv': mmcv_deform_conv2d,
+    'torchvision': torchvision_deform_conv2d,
+    'reference': reference_deform_conv2d,
+}
+
+
+def forward_candidates(case: Case, device: str) -> dict[str, Build]:
+    """Give what builds each candidate's call."""
+    x = make_inputs(case, device)
+    y = x.channels_last()
+    candidates: dict[str, Build] = {
+        'conv2d': lambda: partial(conv2d, x),
+        'conv2d channels_last': lambda: partial(conv2d, y),
+        'mmdcn': lambda: partial(mmdcn_deform_conv2d, x),
+        'mmdcn channels_last': lambda: partial(mmdcn_deform_conv2d, y),
+    }
+    for name, function in PEERS.items():
+        candidates[name] = partial(partial, function, x)
+    if device == 'cpu' and case.dtype == torch.float32:
+        candidates['onnxruntime'] = partial(onnxruntime_session, x)
+        candidates['openvino'] = partial(openvino_request, x)
+    return candidates
+
+
+def training_candidates(case: Case, device: str) -> dict[str, Build]:
+    """Likewise, forward and backward with the gradients of every tensor."""
+    x = make_inputs(case, device)
+    candidates: dict[str, Build] = {}
+    for name, function in {'conv2d': conv2d, 'mmdcn': mmdcn_deform_conv2d}.items():
+        for suffix, inputs in (('', x), (' channels_last', x.channels_last())):
+            candidates[name + suffix] = partial(partial, forward_backward, function, inputs.leaves())
+    for name, function in PEERS.items():
+        candidates[name] = partial(partial, forward_backward, function, x.leaves())
+    return candidates
+
+
+def forward_backward(function: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Tensor | None, ...]:
+    output = function(x)
+    tensors = [tensor for tensor in (x.input, x.offset, x.weight, x.mask) if tensor is not None]
+    return torch.autograd.grad(output, tensors, torch.ones_like(output), allow_unused=True)

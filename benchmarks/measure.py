@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and peak memory of candidates, in turn and in one process, so that their ratios mean something."""
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Measurement:
+    """The times of one candidate on one input."""
+
+    seconds: list[float]
+    peak_bytes: int | None  # beyond what was there before the call; None where it cannot be told
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the range between the quartiles, as a share of the median."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def measure(candidates: dict[str, Call], device: str, repeats: int, memory: bool = True) -> dict[str, Measurement]:
+    """Run each candidate once to warm up, then all of them in turn, `repeats` times over."""
+    for call in candidates.values():
+        call()
+    peaks = {name: peak_memory(call, device) if memory else None for name, call in candidates.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, call in candidates.items():
+            seconds[name].append(time_once(call, device))
+    return {name: Measurement(seconds[name], peaks[name]) for name in candidates}
+
+
+def time_once(call: Call, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def peak_memory(call: Call, device: str) -> int | None:
+    """Measure the most memory in use during a call beyond what was in use before; its result included."""
+    gc.collect()
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path('/proc/self/clear_refs')
+    if not reset.exists():
+        return None
+    _return_free_memory()
+    reset.write_text('5')  # sets the peak of the resident memory to its present size
+    before = _status('VmRSS')
+    call()
+    return max(0, _status('VmHWM') - before)
+
+
+def _return_free_memory() -> None:
+    """Have glibc give back what was freed, which would otherwise be used again unseen."""
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
+        trim(0)
+
+
+def _status(key: str) -> int:
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith(f'{key}:'):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def machine(device: str, packages: tuple[str, ...]) -> dict[str, str]:
+    """Describe what the figures were measured on."""
+    facts = {
+        'processor': _processor(),
+        'instructions': torch.backends.cpu.get_cpu_capability(),
+        'threads': str(torch.get_num_threads()),
+        'system': f'{platform.system()} {platform.machine()}, Python {platform.python_version()}',
+    }
+    if device == 'cuda':
+        facts['gpu'] = f'{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}'
+    for package in packages:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = 'not installed'
+    return facts
+
+
+def _processor() -> str:
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
+    return f'{names[0]} x {len(names)}' if names else platform.processor()
