@@ -9,6 +9,10 @@ from pathlib import Path
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import get_rank
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from mmdcn.engine.launch import (
     LaunchError,
@@ -57,6 +61,14 @@ def use_tta(cfg: Config) -> None:
     dataset.pipeline = cfg.tta_pipeline
 
 
+def print_table(metrics: dict[str, float]) -> None:
+    """Print the metrics so that they can be pasted into a page."""
+    table = Table('metric', 'value', box=box.MARKDOWN)
+    for name, value in metrics.items():
+        table.add_row(name, f'{value:.3f}')
+    Console(width=100).print(table)
+
+
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
@@ -73,7 +85,9 @@ def main() -> None:
         runner = build_runner(cfg, 'test')
         if args.out is not None:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-        runner.test()
+        metrics = runner.test()
+    if get_rank() == 0:
+        print_table(metrics)
 
 
 if __name__ == '__main__':
