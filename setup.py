@@ -49,7 +49,8 @@ def cpu_extension(name: str, instruction_set: list[str]) -> Extension:
 
 
 def cuda_extension() -> Extension:
-    return Extension('mmdcn._C_cuda', CUDA_SOURCES, depends=DEPENDS, py_limited_api=True)
+    # Its sources are no `sources`: torch would check there for the CUDA that it was built with.
+    return Extension('mmdcn._C_cuda', [], depends=[*CUDA_SOURCES, *DEPENDS], py_limited_api=True)
 
 
 class BuildCore(BuildExtension):
@@ -73,15 +74,37 @@ class BuildCore(BuildExtension):
                 '-Werror=all-warnings',
                 '-Xcompiler=-fPIC,-Wall,-fvisibility=hidden',
                 f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}',
+                '-DUSE_CUDA',  # else torch's headers hide its CUDA functions
                 *architectures,
                 f'-gencode=arch=compute_{newest},code=compute_{newest}',
                 *(f'-isystem={path}' for path in include_paths()),
-                *extension.sources,
+                *CUDA_SOURCES,
                 f'-o={target}',
                 *(f'-L={path}' for path in library_paths()),
                 '-ltorch_cpu',
+                f'-L={self._torch_cuda_stub()}',
+                '-Xlinker=--no-as-needed',
+                '-ltorch_cuda',
             ]
         )
+
+    def _torch_cuda_stub(self) -> Path:
+        """Make an empty libtorch_cuda: the CUDA library must name it to find its functions there when it is loaded."""
+        folder = Path(self.build_temp, 'torch_cuda_stub')
+        folder.mkdir(parents=True, exist_ok=True)
+        name = 'libtorch_cuda.so'
+        subprocess.check_call(
+            [
+                'nvcc',
+                '--shared',
+                '--cudart=none',
+                '-x=c++',
+                '/dev/null',
+                f'-Xlinker=-soname={name}',
+                f'-o={folder / name}',
+            ]
+        )
+        return folder
 
 
 extensions = [cpu_extension(name, flags) for name, flags in INSTRUCTION_SETS.items()]

@@ -13,6 +13,4 @@ MODELS = Registry(
     locations=['mmdcn.modules', 'mmdcn.models'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmdcn', locations=['mmdcn.engine'])
-TRANSFORMS = Registry(
-    'transform', parent=MMENGINE_TRANSFORMS, scope='mmdcn', locations=['mmdcn.datasets']
-)
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmdcn', locations=['mmdcn.datasets'])

@@ -49,9 +49,7 @@ def photos() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.fixture(scope='session', params=list(SMALL), ids=lambda module: module.__name__)
-def finished(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ModuleType, Path]:
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
     """Give a converter and a small dataset that it made."""
     out = tmp_path_factory.mktemp('data') / request.param.__name__
     assert request.param.main(['--out-dir', str(out), *SMALL[request.param]]) == 0
@@ -103,9 +101,7 @@ def annotations(out: Path) -> Iterator[dict]:
 # What both promise.
 
 
-def test_another_process_writes_the_same_bytes(
-    finished: tuple[ModuleType, Path], tmp_path: Path
-) -> None:
+def test_another_process_writes_the_same_bytes(finished: tuple[ModuleType, Path], tmp_path: Path) -> None:
     module, out = finished
     again = tmp_path / 'again'
     subprocess.run(command(module, again, *SMALL[module]), check=True)
@@ -225,9 +221,7 @@ def test_a_full_disk_ends_in_an_error_and_nothing_under_the_name(
     assert not (tmp_path / 'out').exists()
 
 
-def test_two_runs_never_write_into_one_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_runs_never_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     partial = tmp_path / 'out.partial'
     partial.mkdir()
     (partial / 'half done').touch()
@@ -281,9 +275,7 @@ def test_a_value_out_of_range_is_named_with_its_range(
     assert re.match(f'error: --{name} is {value}, but must be from', capsys.readouterr().err)
 
 
-def test_a_tile_smaller_than_a_tree_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tile_smaller_than_a_tree_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert neon_trees.main(['--out-dir', str(tmp_path / 'out'), '--tile', '50']) == 1
     assert 'error: --tile is 50, but must be 100 or more' in capsys.readouterr().err
 
@@ -360,9 +352,7 @@ def test_the_dataset_is_what_compose_gives(digits: mnist_scenes.Source, tmp_path
         assert boxes == [digit.box for digit in placed]
 
 
-def test_no_digit_of_training_is_in_a_test_scene_of_any_seed(
-    digits: mnist_scenes.Source, tmp_path: Path
-) -> None:
+def test_no_digit_of_training_is_in_a_test_scene_of_any_seed(digits: mnist_scenes.Source, tmp_path: Path) -> None:
     train, test = (np.concatenate(digits.pools(split)) for split in ('train', 'test'))
     assert sorted([*train, *test]) == list(range(5000)) and len(train) == 4000
     used: dict[str, set[int]] = {'train': set(), 'test': set()}
@@ -375,9 +365,7 @@ def test_no_digit_of_training_is_in_a_test_scene_of_any_seed(
     assert used['train'] <= set(train) and used['test'] <= set(test)
 
 
-def test_the_category_is_the_class_of_the_source_digit(
-    digits: mnist_scenes.Source, tmp_path: Path
-) -> None:
+def test_the_category_is_the_class_of_the_source_digit(digits: mnist_scenes.Source, tmp_path: Path) -> None:
     make_mnist(tmp_path / 'out', num_train=40)
     names = {c['id']: c['name'] for c in load(tmp_path / 'out', 'train')['categories']}
     assert names == {i + 1: str(i) for i in range(10)}

@@ -165,9 +165,7 @@ def test_the_toeplitz_matrix_has_an_entry_for_each_pixel_that_a_tap_reads(case: 
 @each_case
 @each(TRANSPOSED_CONVOLUTIONS)
 @pytest.mark.parametrize('largest', [False, True], ids=['unpadded', 'largest output_padding'])
-def test_a_transposed_convolution_equals_torch(
-    function: Function, case: Case, largest: bool
-) -> None:
+def test_a_transposed_convolution_equals_torch(function: Function, case: Case, largest: bool) -> None:
     c_in, c_out = case.channels
     input, _, bias = tensors(case)
     weight = whole_numbers(c_in, c_out // case.groups, *case.kernel, seed=2)
@@ -179,9 +177,7 @@ def test_a_transposed_convolution_equals_torch(
 
 @each_case
 @each(TRANSPOSED_CONVOLUTIONS)
-def test_a_transposed_convolution_is_the_adjoint_of_the_convolution(
-    function: Function, case: Case
-) -> None:
+def test_a_transposed_convolution_is_the_adjoint_of_the_convolution(function: Function, case: Case) -> None:
     x, weight, _ = tensors(case)
     convolved = reference.conv2d_direct(x, weight, None, *case[3:])
     y = whole_numbers(*convolved.shape, seed=4)

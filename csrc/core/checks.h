@@ -34,6 +34,14 @@ inline void check_shape(const torch::stable::Tensor& tensor, const char* name, c
   STD_TORCH_CHECK(same, name, " must have shape ", to_string(expected), ", got ", to_string(sizes));
 }
 
+inline void check_floating(const torch::stable::Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  const bool floating = type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
+                        type == ScalarType::BFloat16;
+  STD_TORCH_CHECK(floating, name, " must be float64, float32, float16 or bfloat16, got ", toString(type));
+}
+
 inline void check_same_type(const torch::stable::Tensor& tensor, const char* name, torch::headeronly::ScalarType type) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", toString(type), ", got ",
                   toString(tensor.scalar_type()));

@@ -22,11 +22,13 @@
 #include "../core/bilinear.h"
 #include "../core/dispatch.h"
 #include "nhwc.h"
+#include "parallel.h"
 
 namespace mmdcn {
 namespace {
 
-constexpr int64_t kTilePositions = 256;
+constexpr int64_t kTilePositions = 256;  // at most; fewer where there would be too few tiles to share
+constexpr int64_t kSmallestTile = 64;
 constexpr int64_t kChunkPositions = 512;
 constexpr int64_t kBlockChannels = 32;
 constexpr int64_t kRoundBytes = 8 << 20;
@@ -52,7 +54,7 @@ std::vector<ChannelBlock> channel_blocks(const ConvGeometry& g, int64_t max_chan
 int64_t images_per_round(const ConvGeometry& g, bool copies_input, bool copies_output, int64_t element_size) {
   const int64_t bytes = element_size * (copies_input * g.in_channels * g.height * g.width +
                                         copies_output * g.out_channels * g.positions());
-  return bytes == 0 ? g.batch : std::clamp<int64_t>(kRoundBytes / bytes, 1, g.batch);
+  return bytes == 0 ? g.batch : std::max<int64_t>(kRoundBytes / bytes, 1);
 }
 
 template <typename T>
@@ -175,12 +177,14 @@ class Forward {
 
   // Fills output [N*H_out*W_out, C_out] for the images in `rows`, which begin with first_image.
   void run(const Rows<T>& rows, int64_t first_image, const Tensor& output) const {
-    const int64_t positions = output.size(0), tiles = (positions + kTilePositions - 1) / kTilePositions;
-    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const int64_t positions = output.size(0);
+    const int64_t tile_positions = std::clamp(positions / 4, kSmallestTile, kTilePositions);
+    const int64_t tiles = (positions + tile_positions - 1) / tile_positions;
+    share_items(tiles, [&](int64_t begin, int64_t end) {
       std::vector<Sample<T>> samples(kTilePositions * sampling_.samples_per_position());
       const Tensor columns = empty_matrix(output, type_, g_.groups * kTilePositions, group_columns());
       for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t first = tile * kTilePositions, count = std::min(kTilePositions, positions - first);
+        const int64_t first = tile * tile_positions, count = std::min(tile_positions, positions - first);
         sampling_.plan(first_image, first_image * g_.positions() + first, count, samples.data());
         sample(rows, samples.data(), count, static_cast<T*>(columns.data_ptr()));
         multiply(columns, slice(output, 0, first, count));
@@ -300,7 +304,7 @@ class Backward {
         Sample<T>* samples = samples_.data() + begin * sampling_.samples_per_position();
         sampling_.plan(first_image, first + begin, end - begin, samples);
       });
-      torch::stable::parallel_for(0, blocks_.size(), 1, [&](int64_t begin, int64_t end) {
+      share_items(blocks_.size(), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           run_block(block, rows, grad_rows, chunk_grad);
         }

@@ -48,6 +48,8 @@ inline ConvGeometry deform_conv2d_geometry(const Tensor& input,                /
   STD_TORCH_CHECK(g.out_height > 0 && g.out_width > 0, "the output would be empty: ", g.out_height, " x ", g.out_width);
   check_shape(weight, "weight", {g.out_channels, g.group_in_channels(), g.kernel_height, g.kernel_width});
   check_shape(offset, "offset", {g.batch, 2 * offset_groups * g.taps(), g.out_height, g.out_width});
+  check_floating(input, "input");
+  check_floating(offset, "offset");
   check_same_type(weight, "weight", input.scalar_type());
   check_same_device(weight, "weight", input);
   check_same_device(offset, "offset", input);

@@ -15,14 +15,14 @@ from mmdcn.ops import deform_conv2d
 from mmdcn.registry import MODELS
 
 
-def _init_like_conv(layer: nn.Module) -> None:
+def _init_like_conv(weight: Tensor, bias: Tensor | None, conv_offset: nn.Conv2d | None) -> None:
     """Draw the weight as mmdet's backbones draw a convolution's, and let the taps start on the regular grid."""
-    nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    if hasattr(layer, 'conv_offset'):
-        nn.init.zeros_(layer.conv_offset.weight)
-        nn.init.zeros_(layer.conv_offset.bias)
+    nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
+    if bias is not None:
+        nn.init.zeros_(bias)
+    if conv_offset is not None:
+        for parameter in conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
 
 def _predict(conv_offset: nn.Conv2d, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class DeformConv2d(mmcv.ops.DeformConv2d):
 
     def init_weights(self) -> None:
         """Draw the weight (Kaiming, fan-out), and set the bias and any predictor of offsets to zero."""
-        _init_like_conv(self)
+        _init_like_conv(self.weight, self.bias, getattr(self, 'conv_offset', None))
 
     def forward(
         self,
@@ -70,7 +70,7 @@ class DeformConv2dPack(DeformConv2d, mmcv.ops.DeformConv2dPack):
     zero at first, so that the layer begins as a convolution (Dai et al., ICCV 2017, section 4).
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # as mmcv's: a packed layer takes the image alone
         self,
         x: Tensor,  # [B, C_in, H, W]
     ) -> Tensor:  # [B, C_out, H_out, W_out]
@@ -90,7 +90,7 @@ class ModulatedDeformConv2d(mmcv.ops.ModulatedDeformConv2d):
 
     def init_weights(self) -> None:
         """Draw the weight (Kaiming, fan-out), and set the bias and any predictor of offsets and masks to zero."""
-        _init_like_conv(self)
+        _init_like_conv(self.weight, self.bias, getattr(self, 'conv_offset', None))
 
     def forward(
         self,
@@ -111,7 +111,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d, mmcv.ops.ModulatedDeformC
     others is the mask. Offsets start at 0 and masks at 0.5 (Zhu et al., CVPR 2019, section 3.2).
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # as mmcv's: a packed layer takes the image alone
         self,
         x: Tensor,  # [B, C_in, H, W]
     ) -> Tensor:  # [B, C_out, H_out, W_out]

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution: the function, and what torch must know about its operator."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mmdcn import reference
 from mmdcn.ops._arguments import Pair, check, check_floating, check_like, check_shape, pair
+from mmdcn.ops._transforms import into_batch, into_channels, pull_back, run, unfold
 
 _OP = 'mmdcn::deform_conv2d'
 _BACKWARD_OP = 'mmdcn::deform_conv2d_backward'
@@ -25,56 +26,68 @@ def deform_conv2d(
     dilation: int | Sequence[int] = 1,
     mask: Tensor | None = None,  # [B, G*K, H_out, W_out]
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Convolve with taps that each output position moves by its own offsets and scales by its own mask.
+    """Convolve with taps that each output position moves by offsets of its own, and scales.
 
-    Without a mask this is DCNv1 (Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.1), with one
-    it is DCNv2 (Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3.2). Sampling is bilinear; outside the
-    image all is zero. With zero offsets and no mask, it is a convolution.
+    Without a mask this is DCNv1 (Dai et al., Deformable Convolutional Networks, ICCV 2017,
+    section 2.1), with one it is DCNv2 (Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3.2).
+    Sampling is bilinear; outside the image all is zero. With zero offsets and no mask, it is a
+    convolution.
 
-    The kernel has K = kh * kw taps, numbered row by row. `groups` follows from the shape of the weight, the number
-    of offset groups G from that of the offsets; each group of C_in / G channels has its own offsets and mask.
+    The kernel has K = kh * kw taps, numbered row by row. `groups` follows from the shape of the
+    weight, the number of offset groups G from that of the offsets; each group of C_in / G channels
+    has its own offsets and mask.
 
     Args:
-        input: Images, in float64, float32, float16 or bfloat16; of any strides. The output has its memory format.
-        offset: Offsets in pixels of the input, of any size: channel (g*K + k)*2 holds y and (g*K + k)*2 + 1 holds x
-            of tap k in offset group g. In the type of the input, or in float32. An infinite offset samples zero, a
-            NaN gives NaN.
+        input: Images, in float64, float32, float16 or bfloat16; of any strides. The output has
+            their memory format.
+        offset: Offsets in pixels of the input, of any size: channel (g*K + k)*2 holds y and
+            (g*K + k)*2 + 1 holds x of tap k in offset group g. In the type of the input, or in
+            float32 where that is narrower. An infinite offset samples zero, a NaN gives NaN.
         weight: The kernel, in the type of the input.
         bias: Added to each output channel; in the type of the input.
         stride: Step between output positions in pixels, at least 1; one integer or (y, x).
         padding: Zeros on each side in pixels, at least 0; one integer or (y, x).
         dilation: Step between taps in pixels, at least 1; one integer or (y, x).
-        mask: A factor for each sample, of any value (DCNv2 uses 0 to 1): channel g*K + k. In the type of the offset.
+        mask: A factor for each sample, of any value (DCNv2 uses 0 to 1): channel g*K + k. In the
+            type of the offset.
 
     Returns:
-        The images of size H_out = (H + 2*padding - dilation*(kh - 1) - 1) // stride + 1, likewise W_out, in the type
-        of the input; under autocast, in autocast's type, while the offsets and the mask keep float32.
+        The images of size H_out = (H + 2*padding - dilation*(kh - 1) - 1) // stride + 1, likewise
+        W_out, in the type of the input; under autocast, in autocast's type, while the offsets and
+        the mask keep float32.
 
     Raises:
-        ValueError: If an argument's rank, shape, type or device does not fit, or the output would be empty.
+        ValueError: If an argument's rank, shape, type or device does not fit, or the output would
+            be empty.
     """
     input, offset, weight, bias, mask = _autocast(input, offset, weight, bias, mask)
-    step, pad, gap = pair(stride, 'stride', 1), pair(padding, 'padding', 0), pair(dilation, 'dilation', 1)
+    step, pad, gap = (
+        pair(stride, 'stride', 1),
+        pair(padding, 'padding', 0),
+        pair(dilation, 'dilation', 1),
+    )
     groups, offset_groups = _check(input, offset, weight, bias, step, pad, gap, mask)
-    if _has_tangent(input, offset, weight, bias, mask):
-        return reference.deform_conv2d(input, offset, weight, bias, step, pad, gap, mask)
-    return torch.ops.mmdcn.deform_conv2d(input, offset, mask, weight, bias, step, pad, gap, groups, offset_groups)
+    return _convolve(input, offset, mask, weight, bias, step, pad, gap, groups, offset_groups)
 
 
 def _autocast(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Any:
-    """Bring the tensors to autocast's type, but the offsets and the mask to float32: a place needs its digits."""
+    """Bring the tensors to autocast's type, but what makes places and masks to float32."""
     tensors = (input, offset, weight, bias, mask)
-    if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
+    if not isinstance(input, Tensor) or not _autocasts(input.device.type):
         return tensors
     low = torch.get_autocast_dtype(input.device.type)
     types = (low, torch.float32, low, low, torch.float32)
 
     def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        # As torch's own rules do, leave float64 alone.
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+            return tensor.to(dtype)
+        return tensor  # float64 too, as torch's own rules do
 
     return tuple(cast(tensor, dtype) for tensor, dtype in zip(tensors, types, strict=True))
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check(
@@ -93,46 +106,60 @@ def _check(
     check_floating(offset, 'offset', 4, '[B, 2*G*K, H_out, W_out]')
     batch, channels, height, width = input.shape
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
-    check(channels * height * width > 0, 'input', f'shape {list(input.shape)}', 'have channels and pixels')
-    check(weight.numel() > 0, 'weight', f'shape {list(weight.shape)}', 'have no empty dimension')
+    check(
+        channels * height * width > 0,
+        lambda: f'input must have channels and pixels, got shape {list(input.shape)}',
+    )
+    check(weight.numel() > 0, lambda: f'weight must have no empty dimension, got shape {list(weight.shape)}')
     check(
         channels % group_channels == 0,
-        'weight',
-        f'C_in/groups = {group_channels}',
-        f'have a C_in/groups that divides the {channels} channels of input',
+        lambda: (
+            f'weight must have a C_in/groups that divides the {channels} channels of input, '
+            f'got C_in/groups = {group_channels}'
+        ),
     )
     groups = channels // group_channels
-    check(out_channels % groups == 0, 'weight', out_channels, f'have a C_out that its {groups} groups divide')
+    check(
+        out_channels % groups == 0,
+        lambda: f'weight must have a C_out that its {groups} groups divide, got C_out = {out_channels}',
+    )
     taps = kernel_height * kernel_width
     check(
         offset.shape[1] > 0 and offset.shape[1] % (2 * taps) == 0,
-        'offset',
-        f'{offset.shape[1]} channels',
-        f'have a positive multiple of 2*K = {2 * taps} channels, y and x of each tap',
+        lambda: (
+            f'offset must have a positive multiple of 2*K = {2 * taps} channels, y and x of each tap, '
+            f'got {offset.shape[1]} channels'
+        ),
     )
     offset_groups = offset.shape[1] // (2 * taps)
     check(
         channels % offset_groups == 0,
-        'offset',
-        f'{offset.shape[1]} channels, {offset_groups} offset groups',
-        f'have a number of offset groups that divides the {channels} channels of input',
+        lambda: (
+            f'offset must have a number of offset groups that divides the {channels} channels of input, '
+            f'got {offset.shape[1]} channels, {offset_groups} offset groups'
+        ),
     )
-    out_height, out_width = _output_size(input, weight, stride, padding, dilation)
+    out_size = _output_size(input, weight, stride, padding, dilation)
     check(
-        out_height > 0 and out_width > 0,
-        'input',
-        f'{height} x {width} pixels',
-        f'be large enough for a {kernel_height} x {kernel_width} kernel with padding {padding} and dilation '
-        f'{dilation}; the output would be empty',
+        out_size[0] > 0 and out_size[1] > 0,
+        lambda: (
+            f'input must be large enough for a {kernel_height} x {kernel_width} kernel with padding {padding} and '
+            f'dilation {dilation}; the output would be empty, got {height} x {width} pixels'
+        ),
     )
-    check_shape(
-        offset, 'offset', '[B, 2*G*K, H_out, W_out]', batch, offset_groups * 2 * taps, out_height, out_width
-    )
+    check_shape(offset, 'offset', '[B, 2*G*K, H_out, W_out]', batch, 2 * offset_groups * taps, *out_size)
     check_like(weight, 'weight', input, input.dtype)
     check_like(offset, 'offset', input, input.dtype, *_single_if_low(input))
     if mask is not None:
         check_floating(mask, 'mask', 4, '[B, G*K, H_out, W_out]')
-        check_shape(mask, 'mask', '[B, G*K, H_out, W_out]', batch, offset_groups * taps, out_height, out_width)
+        check_shape(
+            mask,
+            'mask',
+            '[B, G*K, H_out, W_out]',
+            batch,
+            offset_groups * taps,
+            *out_size,
+        )
         check_like(mask, 'mask', input, offset.dtype)
     if bias is not None:
         check_floating(bias, 'bias', 1, '[C_out]')
@@ -153,11 +180,41 @@ def _output_size(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dil
     return size(0), size(1)
 
 
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode differentiation is at work: the operator would drop a tangent without a word."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+def _convolve(*arguments: Any) -> Tensor:
+    """Run the operator, with its arguments."""
+    return run(torch.ops.mmdcn.deform_conv2d, _reference, _DeformConv2d, *arguments)
+
+
+def _convolve_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Run the operator's backward, with its arguments."""
+    return run(
+        torch.ops.mmdcn.deform_conv2d_backward,
+        _reference_backward,
+        _DeformConv2dBackward,
+        *arguments,
+    )
+
+
+def _reference(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    offset_groups: int,
+) -> Tensor:
+    return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors_and_geometry, _groups, _offset_groups, output_mask = arguments
+    gradients: Any = reference.deform_conv2d_backward(*tensors_and_geometry)
+    placeholder = arguments[0].new_empty(0)
+    return tuple(grad if needed else placeholder for grad, needed in zip(gradients, output_mask, strict=True))
 
 
 def _memory_format(images: Tensor) -> torch.memory_format:
@@ -179,8 +236,16 @@ def _fake(
     groups: int,
     offset_groups: int,
 ) -> Tensor:
-    _check(input, offset, weight, bias, stride, padding, dilation, mask)
-    size = (input.shape[0], weight.shape[0], *_output_size(input, weight, stride, padding, dilation))
+    expected = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    check(
+        (groups, offset_groups) == expected,
+        lambda: f'groups and offset_groups must be {expected} by the shapes, got {(groups, offset_groups)}',
+    )
+    size = (
+        input.shape[0],
+        weight.shape[0],
+        *_output_size(input, weight, stride, padding, dilation),
+    )
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
@@ -211,24 +276,22 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, mask, weight, _, *ctx.geometry = inputs
-    ctx.save_for_backward(input, offset, mask, weight)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, mask, weight = ctx.saved_tensors
+    input, offset, mask, weight, _bias = ctx.saved_tensors
     needs_input, needs_offset, needs_mask, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     output_mask = (needs_input, needs_offset, needs_mask, needs_weight)
     gradients: tuple[Tensor | None, ...] = (None, None, None, None)
     if any(output_mask):
-        gradients = torch.ops.mmdcn.deform_conv2d_backward(
-            grad_output, input, offset, mask, weight, *ctx.geometry, output_mask
-        )
+        gradients = _convolve_backward(grad_output, input, offset, mask, weight, *ctx.settings, output_mask)
     grad_input, grad_offset, grad_mask, grad_weight = (
         gradient if needed else None for gradient, needed in zip(gradients, output_mask, strict=True)
     )
-    grad_bias = grad_output.sum((0, 2, 3)) if needs_bias else None
+    grad_bias = _grad_bias(grad_output) if needs_bias else None
     return (
         grad_input,
         grad_offset,
@@ -243,35 +306,82 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_output, input, offset, mask, weight, *geometry, _, _, ctx.output_mask = inputs
-    ctx.geometry = geometry
-    ctx.save_for_backward(grad_output, input, offset, mask, weight)
+def _grad_bias(grad_output: Tensor) -> Tensor:
+    # torch splits a sum to one number between its threads, so that its bits depend on how many
+    # there are, but gives each of two numbers to one of them.
+    channels = grad_output.shape[1]
+    doubled = grad_output.expand(-1, 2, -1, -1) if channels == 1 else grad_output
+    return doubled.sum((0, 2, 3))[:channels]
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiate the reference's backward, which is made of torch's own operators; so for every higher order."""
-    tensors = ctx.saved_tensors
-    present = [tensor for tensor in tensors if tensor is not None]
+    """Differentiate the reference's backward, made of torch's operators; so any order works."""
+    return pull_back(_reference_backward, ctx.saved_tensors, ctx.settings, grads)
 
-    def needed_gradients(*present: Tensor) -> tuple[Tensor, ...]:
-        values = iter(present)
-        arguments = [None if tensor is None else next(values) for tensor in tensors]
-        gradients = reference.deform_conv2d_backward(*arguments, *ctx.geometry)
-        return tuple(gradient for gradient, needed in zip(gradients, ctx.output_mask, strict=True) if needed)
 
-    _, vjp = torch.func.vjp(needed_gradients, *present)
-    results = iter(vjp(tuple(grad for grad, needed in zip(grads, ctx.output_mask, strict=True) if needed)))
-    return (
-        *(None if tensor is None else next(results) for tensor in tensors),
-        None,  # stride
-        None,  # padding
-        None,  # dilation
-        None,  # groups
-        None,  # offset_groups
-        None,  # output_mask
+def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
+    """Map over V calls by one: V times the images if all share weight and bias, else the groups."""
+    size = info.batch_size
+    input, offset, mask, weight, bias, *geometry, groups, offset_groups = arguments
+    input_dim, offset_dim, mask_dim, weight_dim, bias_dim, *_ = in_dims
+    shared = weight_dim is None and bias_dim is None
+    fold, dim = (into_batch, 0) if shared else (into_channels, 1)
+    images = (
+        fold(size, input_dim, input),
+        fold(size, offset_dim, offset),
+        fold(size, mask_dim, mask),
     )
+    if not shared:
+        weight, bias = into_batch(size, weight_dim, weight), into_batch(size, bias_dim, bias)
+        groups, offset_groups = size * groups, size * offset_groups
+    output = convolve(*images, weight, bias, *geometry, groups, offset_groups)
+    return unfold(size, dim, output), dim
+
+
+def _vmap_backward(
+    convolve_backward: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], *arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Do as _vmap does; but a gradient of the weight is one of each of the V calls."""
+    size = info.batch_size
+    *images, weight = arguments[:5]  # grad_output, input, offset, mask
+    *geometry, groups, offset_groups, output_mask = arguments[5:]
+    shared = in_dims[4] is None and not output_mask[3]
+    fold, dim = (into_batch, 0) if shared else (into_channels, 1)
+    images = [fold(size, *image) for image in zip(in_dims[:4], images, strict=True)]
+    if not shared:
+        weight = into_batch(size, in_dims[4], weight)
+        groups, offset_groups = size * groups, size * offset_groups
+    gradients = convolve_backward(*images, weight, *geometry, groups, offset_groups, output_mask)
+    dims = tuple(d if needed else None for d, needed in zip((dim, dim, dim, 0), output_mask, strict=True))
+    gradients = tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True))
+    return gradients, dims
+
+
+class _DeformConv2d(torch.autograd.Function):
+    """The operator as torch.func wants it; see Note [Three ways to run] in _transforms.py."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return torch.ops.mmdcn.deform_conv2d(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+    vmap = staticmethod(partial(_vmap, _convolve))
+
+
+class _DeformConv2dBackward(torch.autograd.Function):
+    """The operator's backward as torch.func wants it."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.mmdcn.deform_conv2d_backward(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_double_backward)
+    vmap = staticmethod(partial(_vmap_backward, _convolve_backward))
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD_OP, _double_backward, setup_context=_setup_backward_context)
+torch.library.register_autograd(_BACKWARD_OP, _double_backward, setup_context=_setup_context)
+torch.library.register_vmap(_OP, partial(_vmap, torch.ops.mmdcn.deform_conv2d))
+torch.library.register_vmap(_BACKWARD_OP, partial(_vmap_backward, torch.ops.mmdcn.deform_conv2d_backward))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators compute, in plain PyTorch: slow and obvious, for tests, for reading and for rare derivatives."""
+"""What the operators compute, in plain PyTorch.
+
+Slow and obvious: for tests, for reading, and for rare derivatives.
+"""
 
 from mmdcn.reference import conv2d
 from mmdcn.reference.deform_conv2d import deform_conv2d, deform_conv2d_backward

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The convolution family from first principles: slow, plain, and equal to torch.nn.functional.
 
 Five ways to convolve, three ways to convolve transposed, and the backward of a convolution.
@@ -88,9 +89,7 @@ def transposed_output_shape(
     return height, width
 
 
-def lattice(
-    index: Pair, scale: IntPair, step: IntPair, count: Iterable[int]
-) -> tuple[slice, slice]:
+def lattice(index: Pair, scale: IntPair, step: IntPair, count: Iterable[int]) -> tuple[slice, slice]:
     """Slice the pixels index * scale + n * step for n = 0 ... count - 1, along both axes."""
     axes = zip(index, pair(scale), pair(step), count, strict=True)
     rows, columns = (slice(i * s, i * s + d * (n - 1) + 1, d) for i, s, d, n in axes)
@@ -252,9 +251,7 @@ def toeplitz_matrix(
     x = out_x * stride_x + j * dilation_x - pad_x
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     in_channel = o // (c_out // groups) * c_group + c
-    entries = torch.stack(
-        ((o * h_out + out_y) * w_out + out_x, (in_channel * height + y) * width + x)
-    )
+    entries = torch.stack(((o * h_out + out_y) * w_out + out_x, (in_channel * height + y) * width + x))
     size = (c_out * h_out * w_out, groups * c_group * height * width)
     values = weight[o, c, i, j][inside]
     matrix = torch.sparse_coo_tensor(entries[:, inside], values, size, check_invariants=True)
@@ -297,9 +294,7 @@ def conv_transpose2d_scatter(
     height, width = transposed_output_shape(size, kernel, stride, padding, output_padding, dilation)
     image = split_groups(input, 1, groups)
     kernels = split_groups(weight, 0, groups)  # [G, C_in / G, C_out / G, K_h, K_w]
-    canvas = input.new_zeros(
-        len(input), groups, weight.shape[1], height + 2 * pad_y, width + 2 * pad_x
-    )
+    canvas = input.new_zeros(len(input), groups, weight.shape[1], height + 2 * pad_y, width + 2 * pad_x)
     for i, j in positions(kernel):
         rows, columns = lattice((i, j), dilation, stride, size)
         canvas[..., rows, columns] += torch.einsum('bgcyx,gco->bgoyx', image, kernels[..., i, j])
@@ -361,9 +356,7 @@ def conv_transpose2d_toeplitz(
     stride (which a larger dilation allows); the input is zero at those.
     """
     kernel, (height, width) = weight.shape[2:], input.shape[2:]
-    shape = transposed_output_shape(
-        (height, width), kernel, stride, padding, output_padding, dilation
-    )
+    shape = transposed_output_shape((height, width), kernel, stride, padding, output_padding, dilation)
     full_height, full_width = output_shape(shape, kernel, stride, padding, dilation)
     full = F.pad(input, (0, full_width - width, 0, full_height - height))
     matrix = toeplitz_matrix(weight, shape, stride, padding, dilation, groups)
@@ -394,9 +387,7 @@ def conv2d_grad_input(
     size, kernel = input_size[2:], weight.shape[2:]
     smallest = transposed_output_shape(grad_output.shape[2:], kernel, stride, padding, 0, dilation)
     remainder = (size[0] - smallest[0], size[1] - smallest[1])
-    return conv_transpose2d_scatter(
-        grad_output, weight, None, stride, padding, remainder, groups, dilation
-    )
+    return conv_transpose2d_scatter(grad_output, weight, None, stride, padding, remainder, groups, dilation)
 
 
 def conv2d_grad_weight(

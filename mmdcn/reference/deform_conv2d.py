@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution and its backward, step by step, on any device and in any floating type.
 
-Shapes: B images; C_in = G * C channels in G offset groups; K = kh * kw taps; P = H_out * W_out output positions.
+Types narrower than float32 are computed in float32, and the results rounded.
+
+Shapes: B images; C_in = G * C channels in G offset groups; K = kh * kw taps; P = H_out * W_out
+output positions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from mmdcn.reference.conv2d import IntPair, output_shape, pair
 class Cell(NamedTuple):
     """The four corners around each sample: see Note [Bilinear sampling] in csrc/core/bilinear.h."""
 
-    pixels: Tensor  # [4, B, G, K, P], index y * W + x of each corner; any valid one for a corner outside
+    pixels: Tensor  # [4, B, G, K, P], y * W + x of each corner; any valid index for one outside
     inside: Tensor  # [4, B, G, K, P], whether the corner is a pixel of the image
     fy: Tensor  # [B, G, K, P], in [0, 1), or NaN
     fx: Tensor  # [B, G, K, P]
@@ -32,12 +35,14 @@ def deform_conv2d(
     mask: Tensor | None = None,  # [B, G*K, H_out, W_out]
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """Define mmdcn.ops.deform_conv2d: sample, scale by the mask, and multiply with the weight."""
+    dtype = input.dtype
+    input, offset, weight, bias, mask = widen(input, offset, weight, bias, mask)
     cell = locate(offset, input.shape, weight.shape, stride, padding, dilation)
     samples = interpolate(corner_values(input, cell), cell)  # [B, G, C, K, P]
     columns = _group_columns(_scale(samples, mask), weight)  # [B, groups, C_in/groups, K, P]
-    output = torch.einsum('bgckp,gock->bgop', columns, _group_weight(weight, input).to(columns.dtype))
+    output = torch.einsum('bgckp,gock->bgop', columns, _group_weight(weight, input))
     output = output.reshape(len(input), len(weight), *offset.shape[2:])
-    return (output if bias is None else output + bias[:, None, None]).to(input.dtype)
+    return (output if bias is None else output + bias[:, None, None]).to(dtype)
 
 
 def deform_conv2d_backward(
@@ -50,33 +55,43 @@ def deform_conv2d_backward(
     padding: IntPair = 0,
     dilation: IntPair = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Give the gradients of input, offset, mask and weight, by the chain rule and not by autograd."""
+    """Give the gradients of input, offset, mask and weight: by the chain rule, not autograd."""
+    types = [None if tensor is None else tensor.dtype for tensor in (input, offset, mask, weight)]
+    grad_output, input, offset, mask, weight = widen(grad_output, input, offset, mask, weight)
     cell = locate(offset, input.shape, weight.shape, stride, padding, dilation)
     corners = corner_values(input, cell)  # [4, B, G, C, K, P]
     samples = interpolate(corners, cell)  # [B, G, C, K, P]
     group_weight = _group_weight(weight, input)  # [groups, C_out/groups, C_in/groups, K]
-    group_grad = grad_output.reshape(len(input), len(group_weight), -1, samples.shape[-1])  # [B, groups, o, P]
+    group_grad = grad_output.flatten(2).unflatten(1, (len(group_weight), -1))  # [B, groups, C_out/groups, P]
 
     columns = _group_columns(_scale(samples, mask), weight)
-    grad_weight = torch.einsum('bgop,bgckp->gock', group_grad.to(columns.dtype), columns).reshape(weight.shape)
+    grad_weight = torch.einsum('bgop,bgckp->gock', group_grad, columns).reshape(weight.shape)
 
     # The columns' gradient is the transposed weight times the output's.
     grad_columns = torch.einsum('gock,bgop->bgckp', group_weight, group_grad).reshape(samples.shape)
     grad_mask = None if mask is None else (grad_columns * samples).sum(2).reshape(mask.shape)
     grad_samples = _scale(grad_columns, mask)
 
-    # How a sample's value changes as its place moves, and from there the sum over the channels that share the place.
+    # How a sample's value changes as its place moves; then the sum over the channels that share
+    # the place.
     slope_y, slope_x = slopes(corners, cell)
     grad_places = torch.stack([(grad_samples * slope_y).sum(2), (grad_samples * slope_x).sum(2)], dim=3)
     grad_offset = grad_places.reshape(offset.shape)  # [B, G, K, 2, P] -> [B, 2*G*K, H_out, W_out]
 
     # Each corner receives what it gave: the sample's gradient times its share in the sample.
-    grad_input = torch.zeros_like(input).reshape(*samples.shape[:3], -1)  # [B, G, C, H*W]
+    grad_input = torch.zeros_like(_group_planes(input, samples.shape[1]))  # [B, G, C, H*W]
     for share, pixels, inside in zip(corner_weights(cell), cell.pixels, cell.inside, strict=True):
         share_of_grad = torch.where(inside.unsqueeze(2), grad_samples * share.unsqueeze(2), 0)
         index = pixels.unsqueeze(2).expand_as(share_of_grad)
-        grad_input = grad_input.scatter_add(3, index.flatten(3), share_of_grad.flatten(3).to(input.dtype))
-    return grad_input.reshape(input.shape), grad_offset, grad_mask, grad_weight
+        grad_input = grad_input.scatter_add(3, index.flatten(3), share_of_grad.flatten(3))
+    gradients = (grad_input.reshape(input.shape), grad_offset, grad_mask, grad_weight)
+    rounded: Any = (None if grad is None else grad.to(dtype) for grad, dtype in zip(gradients, types, strict=True))
+    return tuple(rounded)
+
+
+def widen(*tensors: Tensor | None) -> list[Any]:
+    """Bring the tensors to float32, or leave them in float64."""
+    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def locate(
@@ -91,7 +106,7 @@ def locate(
     height, width = input_size[2:]
     out_size = output_shape((height, width), weight_size[2:], stride, padding, dilation)
     regular_y, regular_x = regular_places(weight_size[2:], out_size, stride, padding, dilation, offset)
-    places = offset.reshape(len(offset), -1, len(regular_y), 2, regular_y.shape[1])  # [B, G, K, 2, P]
+    places = offset.flatten(2).unflatten(1, (-1, len(regular_y), 2))  # [B, G, K, 2, P]
     y, x = regular_y + places[:, :, :, 0], regular_x + places[:, :, :, 1]
 
     sampled = (y > -1) & (y < height) & (x > -1) & (x < width)
@@ -108,7 +123,12 @@ def locate(
 
 
 def regular_places(
-    kernel: torch.Size, out_size: tuple[int, int], stride: IntPair, padding: IntPair, dilation: IntPair, like: Tensor
+    kernel: torch.Size,
+    out_size: tuple[int, int],
+    stride: IntPair,
+    padding: IntPair,
+    dilation: IntPair,
+    like: Tensor,
 ) -> tuple[Tensor, Tensor]:  # y and x, each [K, P]
     """Give the places where the taps sample without an offset."""
 
@@ -126,12 +146,12 @@ def regular_places(
 
 def corner_values(input: Tensor, cell: Cell) -> Tensor:  # [4, B, G, C, K, P]
     """Read the four corners of each sample; one outside the image is zero."""
-    batch, offset_groups, taps, positions = cell.fy.shape
-    planes = input.reshape(batch, offset_groups, -1, input.shape[2] * input.shape[3])
+    _, offset_groups, taps, positions = cell.fy.shape
+    planes = _group_planes(input, offset_groups)
     size = (*planes.shape[:3], taps * positions)
 
     def read(pixels: Tensor, inside: Tensor) -> Tensor:
-        values = planes.gather(3, pixels.reshape(batch, offset_groups, 1, -1).expand(size))
+        values = planes.gather(3, pixels.flatten(2).unsqueeze(2).expand(size))
         return torch.where(inside.unsqueeze(2), values.reshape(*size[:3], taps, positions), 0)
 
     return torch.stack([read(*corner) for corner in zip(cell.pixels, cell.inside, strict=True)])
@@ -162,8 +182,12 @@ def _scale(samples: Tensor, mask: Tensor | None) -> Tensor:  # [B, G, C, K, P]
     return samples * mask.reshape(batch, offset_groups, 1, taps, positions)
 
 
+def _group_planes(input: Tensor, offset_groups: int) -> Tensor:  # [B, G, C, H*W]
+    return input.flatten(2).unflatten(1, (offset_groups, -1))
+
+
 def _group_columns(samples: Tensor, weight: Tensor) -> Tensor:  # [B, groups, C_in/groups, K, P]
-    return samples.reshape(len(samples), -1, weight.shape[1], *samples.shape[3:])
+    return samples.flatten(1, 2).unflatten(1, (-1, weight.shape[1]))
 
 
 def _group_weight(weight: Tensor, input: Tensor) -> Tensor:  # [groups, C_out/groups, C_in/groups, K]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmdcn.reference.deform_conv2d import regular_places
 
@@ -43,7 +44,7 @@ class SamplingRecorder:
         self.layers: list[SampledLayer] = []
         self._input_height = 0
         self._model = model
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> 'SamplingRecorder':
         self._handles = [self._model.register_forward_pre_hook(self._start)]
@@ -85,7 +86,7 @@ class SamplingRecorder:
         self.layers.clear()
         self._input_height = inputs[0].shape[-2]
 
-    def _hook(self, name: str, layer: nn.Module) -> Any:
+    def _hook(self, name: str, layer: Any) -> Any:
         def record(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             taps = layer.kernel_size[0] * layer.kernel_size[1]
             input_stride = round(self._input_height / inputs[0].shape[2])

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace mmdcn {
+
+// Shares items 0 .. count-1 among the threads: body(begin, end). torch runs a single item on the calling thread, where
+// a matrix product takes as many threads as it likes and its bits depend on how many there are. A second, empty item
+// sends the first to a team of threads, where each product has one.
+template <typename Body>
+void share_items(int64_t count, const Body& body) {
+  torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+    if (begin < count) body(begin, std::min(end, count));
+  });
+}
+
+}  // namespace mmdcn

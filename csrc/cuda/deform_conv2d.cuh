@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0
+// Note: [Deformable convolution on CUDA]
+//
+// As on the CPU, a deformable convolution is a sampling of NHWC pixels into columns and a matrix product with the
+// weight, tile by tile of output positions, so that the columns of a tile fit the L2 cache and the workspace does not
+// grow with the image or the batch. The positions of the whole batch are numbered (b * H_out + out_y) * W_out + out_x.
+// The columns of a tile are [groups, positions, K, C_in/groups] in the type of the input, for tensor cores.
+//
+//   forward:   columns = samples;                            output       = columns x weight^T
+//   backward:  columns = grad_output x weight;               grad_offset, grad_mask, grad_input from them; then
+//              columns = samples, in the place of their gradient;  grad_weight += grad_output^T x columns
+//
+// A thread block works on 32 positions of one tap of one offset group:
+//
+//   1. each of its first threads locates one sample, so that the offsets of adjacent positions are read together
+//   2. then the lanes of a group, at most a warp, share a sample: they move over its channels in 16-byte vectors
+//
+// One group of lanes thus sees all channels that share an offset, so grad_offset and grad_mask need no atomics.
+//
+// grad_input sums up in the compute type, by atomics, whose order and so whose last bits change from run to run. If it
+// is to be deterministic, the corners' contributions are written out instead, each with the row it belongs to (a
+// pixel's channels of one offset group), and torch's sorting index_put_ adds them up in a fixed order.
+//
+// This file is what the kernels compute, for any number of lanes. It is C++ without CUDA, so that the host can run it
+// too (tests/cuda_host).
+#pragma once
+
+#include <torch/headeronly/macros/Macros.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../core/bilinear.h"
+#include "../core/conv_geometry.h"
+
+namespace mmdcn {
+
+constexpr int64_t kVectorBytes = 16;
+
+template <typename scalar_t>
+using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename scalar_t>
+constexpr int kMaxVector = kVectorBytes / sizeof(scalar_t);
+
+// Adjacent channels of a row, loaded and stored as one.
+template <typename scalar_t, int kVector>
+struct alignas(sizeof(scalar_t) * kVector) Vector {
+  using T = compute_t<scalar_t>;
+
+  scalar_t values[kVector];
+
+  C10_HOST_DEVICE static Vector at(const scalar_t* row) { return *reinterpret_cast<const Vector*>(row); }
+  C10_HOST_DEVICE void store(scalar_t* row) const { *reinterpret_cast<Vector*>(row) = *this; }
+  C10_HOST_DEVICE T operator[](int i) const { return static_cast<T>(values[i]); }
+};
+
+// A tensor [B, channels, H_out, W_out] of any strides.
+template <typename T>
+struct Planes {
+  const T* data;  // null if there is no such tensor
+  int64_t image_stride, channel_stride, y_stride, x_stride;
+
+  C10_HOST_DEVICE T at(int64_t image, int64_t channel, int64_t out_y, int64_t out_x) const {
+    return data[image * image_stride + channel * channel_stride + out_y * y_stride + out_x * x_stride];
+  }
+};
+
+// `count` positions of the batch, the first of which is position `place` of an image.
+struct Tile {
+  int64_t image;
+  uint32_t place, count;
+};
+
+struct Position {
+  int64_t image;
+  uint32_t place, out_y, out_x;
+};
+
+template <typename T>
+struct Sample {
+  BilinearCell<T> cell;  // in pixels of the batch
+  T mask;
+};
+
+// The samples of a thread block: one tap of one offset group at positions first, first + 1, ... of the tile.
+struct Block {
+  uint32_t offset_group, tap, first, count;
+};
+
+// Where a tile samples, and into which columns.
+template <typename scalar_t>
+struct Sampling {
+  using T = compute_t<scalar_t>;
+  using Item = Sample<T>;
+
+  static constexpr uint32_t kBlockItems = 32;
+
+  ConvGeometry geometry;
+  uint32_t taps, positions, out_width, groups, group_channels, offset_groups, offset_group_channels;  // of geometry
+  Planes<T> offset;       // [B, 2*G*K, H_out, W_out]
+  Planes<T> mask;         // [B, G*K, H_out, W_out]
+  const scalar_t* input;  // [B*H*W, C_in]
+  int64_t pixel_stride;
+  Tile tile;
+  scalar_t* columns;  // [groups, tile.count, K, C_in/groups]
+
+  C10_HOST_DEVICE uint32_t blocks() const {
+    return (tile.count + kBlockItems - 1) / kBlockItems * offset_groups * taps;
+  }
+
+  C10_HOST_DEVICE Block block(uint32_t index) const {
+    const uint32_t samples = offset_groups * taps, sample = index % samples;
+    const uint32_t first = index / samples * kBlockItems, rest = tile.count - first;
+    return {sample / taps, sample % taps, first, rest < kBlockItems ? rest : kBlockItems};
+  }
+
+  // Position i of the tile.
+  C10_HOST_DEVICE Position position(uint32_t i) const {
+    const uint32_t place = (tile.place + i) % positions;
+    return {tile.image + (tile.place + i) / positions, place, place / out_width, place % out_width};
+  }
+
+  // Sample i of the block.
+  C10_HOST_DEVICE Sample<T> item(const Block& block, uint32_t i) const {
+    const Position at = position(block.first + i);
+    const uint32_t channel = block.offset_group * taps + block.tap;
+    const T y = static_cast<T>(geometry.regular_y(at.out_y, block.tap)) +
+                offset.at(at.image, 2 * int64_t{channel}, at.out_y, at.out_x);
+    const T x = static_cast<T>(geometry.regular_x(at.out_x, block.tap)) +
+                offset.at(at.image, 2 * int64_t{channel} + 1, at.out_y, at.out_x);
+    Sample<T> sample{locate(geometry.height, geometry.width, y, x), static_cast<T>(1)};
+    if (mask.data) sample.mask = mask.at(at.image, channel, at.out_y, at.out_x);
+    const int64_t first_pixel = at.image * geometry.height * geometry.width;
+    for (int64_t& pixel : sample.cell.pixel) {
+      pixel += pixel == kOutside ? 0 : first_pixel;
+    }
+    return sample;
+  }
+
+  C10_HOST_DEVICE scalar_t* column(const Block& block, uint32_t i, uint32_t channel) const {
+    const uint32_t group = groups == 1 ? 0 : channel / group_channels;
+    const int64_t row = int64_t{group} * tile.count + block.first + i;
+    return columns + (row * taps + block.tap) * group_channels + (channel - group * group_channels);
+  }
+};
+
+// The channels of a cell's corners; a corner outside the image is zero.
+template <typename scalar_t, int kVector>
+struct Corners {
+  using T = compute_t<scalar_t>;
+
+  Vector<scalar_t, kVector> values[4];
+
+  C10_HOST_DEVICE Corners(const Sampling<scalar_t>& sampling, const BilinearCell<T>& cell, uint32_t channel)
+      : values{} {
+    for (int i = 0; i < 4; ++i) {
+      if (cell.pixel[i] == kOutside) continue;
+      values[i] = Vector<scalar_t, kVector>::at(sampling.input + cell.pixel[i] * sampling.pixel_stride + channel);
+    }
+  }
+
+  C10_HOST_DEVICE Vector<scalar_t, kVector> blend(const T (&weight)[4]) const {
+    Vector<scalar_t, kVector> blended;
+    for (int c = 0; c < kVector; ++c) {
+      blended.values[c] = static_cast<scalar_t>(weight[0] * values[0][c] + weight[1] * values[1][c] +
+                                                weight[2] * values[2][c] + weight[3] * values[3][c]);
+    }
+    return blended;
+  }
+};
+
+// Fills the columns.
+template <typename scalar_t, int kVector>
+struct SampleColumns : Sampling<scalar_t> {
+  using typename Sampling<scalar_t>::T;
+
+  C10_HOST_DEVICE uint32_t shares() const { return this->offset_group_channels / kVector; }
+
+  template <typename Lanes>
+  C10_HOST_DEVICE void run(const Sample<T>& sample, const Block& block, uint32_t i, const Lanes& lanes) const {
+    T weight[4];
+    sample.cell.weights(sample.mask, weight);
+    for (uint32_t c = lanes.index * kVector; c < this->offset_group_channels; c += lanes.count * kVector) {
+      const uint32_t channel = block.offset_group * this->offset_group_channels + c;
+      const Corners<scalar_t, kVector> corners(*this, sample.cell, channel);
+      corners.blend(weight).store(this->column(block, i, channel));
+    }
+  }
+};
+
+// Where the gradients go; null where one is not needed.
+template <typename T>
+struct SamplingGradients {
+  T* input;   // [B*H*W, C_in]; atomically added to
+  T* offset;  // [B, 2*G*K, H_out, W_out]
+  T* mask;    // [B, G*K, H_out, W_out]
+  bool weight;
+  // In the place of `input`, if it is to be deterministic:
+  T* contributions;  // [4, samples of the tile, C_in/G]
+  int64_t* rows;     // [4, samples of the tile], pixel * G + offset group
+};
+
+// Uses the gradients of the columns, then puts the columns themselves in their place.
+template <typename scalar_t, int kVector>
+struct BackpropagateColumns : Sampling<scalar_t> {
+  using typename Sampling<scalar_t>::T;
+
+  SamplingGradients<T> gradients;
+
+  C10_HOST_DEVICE uint32_t shares() const { return this->offset_group_channels / kVector; }
+
+  template <typename Lanes>
+  C10_HOST_DEVICE void run(const Sample<T>& sample, const Block& block, uint32_t i, const Lanes& lanes) const {
+    const bool needs_input = gradients.input || gradients.contributions;
+    const bool needs_sampling = gradients.offset || gradients.mask;
+    T weight[4], dot[4] = {0, 0, 0, 0};
+    sample.cell.weights(sample.mask, weight);
+    for (uint32_t c = lanes.index * kVector; c < this->offset_group_channels; c += lanes.count * kVector) {
+      const uint32_t channel = block.offset_group * this->offset_group_channels + c;
+      scalar_t* column = this->column(block, i, channel);
+      const Values grad = Values::at(column);
+      if (needs_sampling || gradients.weight) {
+        const Corners<scalar_t, kVector> corners(*this, sample.cell, channel);
+        if (needs_sampling) add_dots(corners, grad, dot);
+        if (gradients.weight) corners.blend(weight).store(column);
+      }
+      if (needs_input) scatter(sample.cell, weight, grad, block, i, channel, lanes);
+    }
+    if (gradients.contributions && lanes.index == 0) write_rows(sample.cell, block, i);
+    if (needs_sampling) write_sampling(sample, block, i, dot, lanes);
+  }
+
+ private:
+  using Values = Vector<scalar_t, kVector>;
+
+  C10_HOST_DEVICE static void add_dots(const Corners<scalar_t, kVector>& corners, const Values& grad, T (&dot)[4]) {
+    for (int corner = 0; corner < 4; ++corner) {
+      for (int c = 0; c < kVector; ++c) {
+        dot[corner] += grad[c] * corners.values[corner][c];
+      }
+    }
+  }
+
+  // Nothing is added to a corner outside.
+  template <typename Lanes>
+  C10_HOST_DEVICE void scatter(const BilinearCell<T>& cell, const T (&weight)[4], const Values& grad,
+                               const Block& block, uint32_t i, uint32_t channel, const Lanes& lanes) const {
+    for (int corner = 0; corner < 4; ++corner) {
+      const bool outside = cell.pixel[corner] == kOutside;
+      if (outside && !gradients.contributions) continue;
+      T share[kVector];
+      for (int c = 0; c < kVector; ++c) {
+        share[c] = outside ? 0 : weight[corner] * grad[c];
+      }
+      if (gradients.contributions) {
+        T* row = gradients.contributions + contribution(corner, block, i) * this->offset_group_channels +
+                 channel % this->offset_group_channels;
+        for (int c = 0; c < kVector; ++c) {
+          row[c] = share[c];
+        }
+      } else {
+        lanes.add(gradients.input + cell.pixel[corner] * this->geometry.in_channels + channel, share);
+      }
+    }
+  }
+
+  C10_HOST_DEVICE int64_t contribution(int corner, const Block& block, uint32_t i) const {
+    const int64_t position = int64_t{corner} * this->tile.count + block.first + i;
+    return (position * this->offset_groups + block.offset_group) * this->taps + block.tap;
+  }
+
+  // The zeros of corners outside are spread over all rows: rows are summed in parallel, their contributions one by one.
+  C10_HOST_DEVICE void write_rows(const BilinearCell<T>& cell, const Block& block, uint32_t i) const {
+    const ConvGeometry& g = this->geometry;
+    for (int corner = 0; corner < 4; ++corner) {
+      const int64_t number = contribution(corner, block, i);
+      gradients.rows[number] = cell.pixel[corner] == kOutside
+                                   ? number % (g.batch * g.height * g.width * g.offset_groups)
+                                   : cell.pixel[corner] * g.offset_groups + block.offset_group;
+    }
+  }
+
+  template <typename Lanes>
+  C10_HOST_DEVICE void write_sampling(const Sample<T>& sample, const Block& block, uint32_t i, const T (&dot)[4],
+                                      const Lanes& lanes) const {
+    T weight[4];
+    sample.cell.weights(1, weight);
+    const T grad_y = sample.mask * lanes.sum(sample.cell.derivative_y(dot));
+    const T grad_x = sample.mask * lanes.sum(sample.cell.derivative_x(dot));
+    const T grad_mask = lanes.sum(weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3]);
+    if (lanes.index != 0) return;
+    const Position at = this->position(block.first + i);
+    const int64_t plane = (at.image * this->offset_groups + block.offset_group) * this->taps + block.tap;
+    if (gradients.offset) {
+      gradients.offset[2 * plane * this->positions + at.place] = grad_y;
+      gradients.offset[(2 * plane + 1) * this->positions + at.place] = grad_x;
+    }
+    if (gradients.mask) gradients.mask[plane * this->positions + at.place] = grad_mask;
+  }
+};
+
+}  // namespace mmdcn

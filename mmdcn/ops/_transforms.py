@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operator needs to be differentiated and mapped by torch in every way.
+
+Note: [Three ways to run]
+A compiled operator knows the reverse mode: that is all that eager code and torch.compile ask of it.
+The transforms of torch.func (grad, vmap) do not see through an operator, but they see through an autograd function:
+theirs is one that runs the operator, and has the operator's own backward. Forward-mode differentiation runs the
+reference: through an operator a tangent vanishes without a word, and forward over forward mode through an autograd
+function gives wrong numbers (in torch 2.13, for any autograd function).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def run(
+    operator: Callable[..., Any],
+    reference: Callable[..., Any],
+    function: type[torch.autograd.Function],
+    *arguments: Any,
+) -> Any:
+    """Run an operator in the way that whatever transforms it can follow."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 and (transformed or _has_tangent(arguments)):
+        return reference(*arguments)
+    return (function.apply if transformed else operator)(*arguments)
+
+
+def _has_tangent(arguments: Sequence[Any]) -> bool:
+    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def pull_back(
+    function: Callable[..., Any], tensors: Sequence[Tensor | None], settings: Sequence[Any], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Give the gradients of a function's arguments, the tensors and then the settings, from those of its results."""
+
+    def of_present(*present: Tensor) -> Any:
+        values = iter(present)
+        return function(*(None if tensor is None else next(values) for tensor in tensors), *settings)
+
+    vjp = torch.func.vjp(of_present, *(tensor for tensor in tensors if tensor is not None))[1]
+    results = iter(vjp(tuple(grads)))
+    return (*(None if tensor is None else next(results) for tensor in tensors), *[None] * len(settings))
+
+
+def into_batch(size: int, dim: int | None, tensor: Tensor | None) -> Tensor | None:
+    """Bring a tensor [B, ...], mapped V times along dim, to [V*B, ...]."""
+    return None if tensor is None else _mapped_first(size, dim, tensor).flatten(0, 1)
+
+
+def into_channels(size: int, dim: int | None, tensor: Tensor | None) -> Tensor | None:
+    """Bring a tensor [B, C, ...], mapped V times along dim, to [B, V*C, ...]."""
+    if tensor is None:
+        return None
+    return _mapped_first(size, dim, tensor).movedim(0, 1).flatten(1, 2)
+
+
+def unfold(size: int, dim: int, tensor: Tensor) -> Tensor:
+    """Take the V parts of a dimension apart: [..., V*N, ...] to [..., V, N, ...]."""
+    return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
+
+
+def _mapped_first(size: int, dim: int | None, tensor: Tensor) -> Tensor:  # [V, ...]
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of deform_conv2d that its tests share, and how they are compared.
+
+Note: [Exact places]
+Offsets are drawn as whole sixteenths of a pixel, never nearer than an eighth to a whole one. Every
+floating type holds them exactly, and a sum with a position too; so a low-precision operator samples
+at the very places of the float64 reference, none of them lies where a derivative jumps, and no
+finite difference steps over such a place.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmdcn import reference
+from mmdcn.reference.conv2d import output_shape
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of deform_conv2d."""
+
+    input: Tensor
+    offset: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    mask: Tensor | None
+
+    def __call__(self, function: Callable[..., Tensor]) -> Tensor:
+        return function(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> 'Call':
+        return replace(self, **{name: change(value) for name, value in self.tensors().items()})
+
+    def zero_offsets(self) -> 'Call':
+        return replace(self, offset=torch.zeros_like(self.offset), mask=None)
+
+    @property
+    def groups(self) -> int:
+        return self.input.shape[1] // self.weight.shape[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of a call; no two sizes agree that need not."""
+
+    channels: Pair  # in, out
+    size: Pair
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    batch: int = 2
+    mask: bool = True
+    bias: bool = True
+
+    @property
+    def out_size(self) -> Pair:
+        return output_shape(self.size, self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    def draw(self, dtype: torch.dtype = torch.float64, device: str | torch.device = 'cpu', seed: int = 0) -> Call:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        samples = self.offset_groups * self.taps
+        whole = torch.randint(-2, 3, (self.batch, 2 * samples, *self.out_size), generator=generator)
+        sixteenths = torch.randint(2, 15, whole.shape, generator=generator)
+        call = Call(
+            input=normal(self.batch, self.channels[0], *self.size),
+            offset=(whole + sixteenths / 16).double(),
+            weight=normal(self.channels[1], self.channels[0] // self.groups, *self.kernel),
+            bias=normal(self.channels[1]) if self.bias else None,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            mask=normal(self.batch, samples, *self.out_size).sigmoid() if self.mask else None,
+        )
+        return call.map(lambda tensor: tensor.to(device, dtype))
+
+
+CASES = {
+    'defaults': Case((2, 3), (7, 5), (3, 2)),
+    'no mask': Case((2, 3), (7, 5), (3, 2), mask=False),
+    'no bias': Case((3, 2), (5, 6), (2, 3), bias=False),
+    'neither': Case((3, 2), (5, 6), (2, 3), mask=False, bias=False),
+    'one-pixel kernel': Case((4, 6), (5, 7), (1, 1), groups=2, offset_groups=4),
+    'one output position': Case((3, 2), (3, 2), (3, 2)),
+    'input smaller than the kernel': Case((2, 3), (2, 1), (5, 4), padding=(3, 2)),
+    'one pixel': Case((2, 3), (1, 1), (3, 3), padding=(1, 1)),
+    'stride': Case((2, 3), (9, 8), (3, 2), stride=(2, 3), padding=(1, 0)),
+    'stride skips pixels': Case((2, 3), (8, 9), (1, 2), stride=(3, 4)),
+    'padding': Case((2, 3), (4, 5), (3, 2), padding=(3, 4)),
+    'dilation': Case((2, 5), (9, 8), (3, 2), padding=(3, 2), dilation=(2, 3)),
+    'everything at once': Case((6, 4), (9, 8), (3, 2), (2, 1), (1, 2), (2, 3), 2, 3),
+    'depthwise': Case((4, 8), (5, 6), (3, 2), padding=(1, 0), groups=4),
+    'own offsets for each channel': Case((4, 3), (5, 6), (2, 3), offset_groups=4),
+    'offset groups within groups': Case((12, 4), (5, 6), (2, 2), groups=2, offset_groups=6),
+    'groups within offset groups': Case((12, 12), (5, 6), (2, 2), groups=6, offset_groups=2),
+    'groups across offset groups': Case((12, 8), (5, 6), (2, 2), groups=4, offset_groups=3),
+    'one image': Case((3, 4), (5, 6), (3, 2), batch=1),
+    'no image': Case((6, 4), (5, 6), (3, 2), groups=2, offset_groups=3, batch=0),
+    'prime batch': Case((3, 4), (5, 6), (3, 2), batch=7),
+    '33 images': Case((2, 3), (4, 5), (3, 2), padding=(1, 0), batch=33),
+    'several blocks of channels': Case((70, 3), (5, 6), (2, 1), groups=1, offset_groups=2),
+    'several tiles of positions': Case((3, 2), (33, 37), (2, 3), padding=(1, 1)),
+}
+
+
+def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) -> dict[str, Tensor]:
+    """Give the output and every gradient, by name."""
+    call = call.map(lambda tensor: tensor.detach().requires_grad_())
+    output = call(function)
+    grads = torch.autograd.grad(output, list(call.tensors().values()), grad_output)
+    return {'output': output.detach(), **dict(zip(call.tensors(), grads, strict=True))}
+
+
+def expected_gradients(call: Call, grad_output: Tensor) -> dict[str, Tensor]:
+    """Give what the float64 reference says."""
+    return gradients(reference.deform_conv2d, call.map(Tensor.double), grad_output.double())
+
+
+def draw_grad_output(call: Call, seed: int = 1) -> Tensor:
+    shape = (len(call.input), len(call.weight), *call.offset.shape[2:])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(call.input)
+
+
+def longest_sum(call: Call) -> int:
+    """Count the terms of the longest sum in any result.
+
+    An output adds up 4 corners of each tap and channel of a group, the gradient of the weight the
+    positions of all images, that of an offset the channels.
+    """
+    positions = len(call.input) * call.offset.shape[2] * call.offset.shape[3]
+    return 4 * max(call.weight[0].numel(), positions, call.weight[:, 0].numel())
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], call: Call) -> None:
+    """Compare results with those of the reference.
+
+    A sum of n terms rounds n times, each time by at most eps / 2 of a partial sum, and the result
+    once, to its own type. Of random terms no partial sum is much larger than the largest result.
+    """
+    compute_eps = torch.finfo(torch.promote_types(call.input.dtype, torch.float32)).eps
+    for name, result in actual.items():
+        eps = longest_sum(call) * compute_eps / 2 + torch.finfo(result.dtype).eps
+        scale = expected[name].abs().max().item() if result.numel() else 0.0
+        torch.testing.assert_close(
+            result.double(),
+            expected[name],
+            rtol=0,
+            atol=eps * scale,
+            msg=lambda message, name=name: f'{name}: {message}',
+        )
+
+
+def each_subset(names: list[str]) -> Iterator[list[str]]:
+    for bits in range(2 ** len(names)):
+        yield [name for i, name in enumerate(names) if bits >> i & 1]
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of mmdcn's operators: name, arguments, results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == 'mmdcn':
+            self.calls.append((func._opname, args, result))
+        return result

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA source, run by the host: all of it but csrc/cuda/device.cuh, which has a twin in cuda_host.
+
+What needs a GPU (the launches, the sums between threads, torch's products) is tested where there is one.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from deform_conv2d_cases import CASES, Case, draw_grad_output
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).parents[1]
+CALLS = {name: CASES[name] for name in ('everything at once', 'depthwise', 'groups across offset groups', 'no image')}
+CALLS['neither'] = CASES['neither']
+# One that a warp moves over in vectors, with lanes to spare.
+CALLS['wide'] = Case((48, 6), (5, 7), (3, 2), padding=(1, 1), groups=2, offset_groups=2)
+# Of input, offset and weight; one without a mask has no other gradient in the last row.
+NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(scope='module', params=['atomic', 'deterministic'])
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Compile the CUDA source into operators of the CPU, with tiles of few positions."""
+    compiler = shutil.which('g++')
+    if compiler is None:
+        pytest.skip('there is no g++')
+    namespace = f'mmdcn_host_{request.param}'
+    csrc = shutil.copytree(ROOT / 'csrc', tmp_path_factory.mktemp(namespace) / 'csrc')
+    shutil.copy(ROOT / 'tests/cuda_host/device.cuh', csrc / 'cuda')
+    sources = ('cuda/deform_conv2d.cu', 'ops/deform_conv2d.cpp')
+    replacements = {
+        'LIBRARY_IMPL(mmdcn, CUDA': f'LIBRARY_IMPL({namespace}, CPU',
+        'FRAGMENT(mmdcn': f'FRAGMENT({namespace}',
+        'kTileBytes = 64 << 20': 'kTileBytes = 1',
+    }
+    if request.param == 'deterministic':
+        replacements['deterministic = false'] = 'deterministic = true'
+    texts = {name: (csrc / name).read_text() for name in sources}
+    for old, new in replacements.items():
+        assert any(old in text for text in texts.values()), old
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
+    for name, text in texts.items():
+        (csrc / name).write_text(text)
+    library = csrc / 'host.so'
+    subprocess.run(
+        [
+            compiler,
+            '-std=c++20',
+            '-O1',
+            '-w',
+            '-shared',
+            '-fPIC',
+            '-pthread',
+            '-fvisibility=hidden',
+            '-DTORCH_TARGET_VERSION=0x020a000000000000',
+            *(f'-isystem{path}' for path in include_paths()),
+            '-xc++',
+            *(csrc / name for name in sources),
+            f'-o{library}',
+            *(f'-L{path}' for path in library_paths()),
+            '-ltorch_cpu',
+        ],
+        check=True,
+    )
+    torch.ops.load_library(library)
+    return getattr(torch.ops, namespace)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', TOLERANCES)
+@pytest.mark.parametrize('name', CALLS)
+def test_it_equals_the_cpu(host: object, name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    case = CALLS[name]
+    call = case.draw(dtype).map(lambda t: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t)
+    if call.offset.numel():
+        call.offset[0, 0, 0, 0], call.offset[0, -1, -1, -1] = torch.inf, torch.nan
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+    images = (call.input, call.offset, call.mask, call.weight)
+    _compare(
+        [ops.deform_conv2d(*images, call.bias, *geometry) for ops in (host, torch.ops.mmdcn)],
+        TOLERANCES[dtype],
+    )
+    grad_output = draw_grad_output(call).to(dtype)
+    for needs_input, needs_offset, needs_weight in NEEDED:
+        needed = (needs_input, needs_offset, case.mask, needs_weight)
+        gradients = (
+            ops.deform_conv2d_backward(grad_output, *images, *geometry, needed) for ops in (host, torch.ops.mmdcn)
+        )
+        for pair in zip(*gradients, strict=True):
+            _compare(pair, TOLERANCES[dtype])
+
+
+def _compare(pair: object, tolerance: float) -> None:
+    actual, expected = pair
+    assert actual.stride() == expected.stride()
+    scale = 1 + expected.double().nan_to_num(0).abs().max().item() if expected.numel() else 1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale, equal_nan=True)

@@ -1,0 +1,569 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmdcn.ops.deform_conv2d: values, shapes, memory, types and determinism, on every device."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deform_conv2d_cases import (
+    CASES,
+    Call,
+    Case,
+    Recorder,
+    assert_close,
+    draw_grad_output,
+    each_subset,
+    expected_gradients,
+    gradients,
+)
+from torch import Tensor
+
+from mmdcn import reference
+from mmdcn.ops import deform_conv2d
+
+each_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+EXACT = {'rtol': 0, 'atol': 0}
+
+
+def check_against_reference(call: Call) -> None:
+    grad_output = draw_grad_output(call)
+    actual = gradients(deform_conv2d, call, grad_output)
+    assert_close(actual, expected_gradients(call, grad_output), call)
+
+
+def conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    mask: Tensor | None,
+) -> Tensor:
+    """Convolve and ignore the offsets, with the arguments of deform_conv2d."""
+    groups = input.shape[1] // weight.shape[1]
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups) + 0 * offset.sum()
+
+
+# Values
+
+
+@each_case
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_output_and_every_gradient_equal_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
+    check_against_reference(case.draw(dtype, device))
+
+
+@each_case
+def test_zero_offsets_make_a_convolution(case: Case, device: str) -> None:
+    call = case.draw(device=device).zero_offsets()
+    grad_output = draw_grad_output(call)
+    actual, expected = (gradients(function, call, grad_output) for function in (deform_conv2d, conv2d))
+    del actual['offset'], expected['offset']
+    assert_close(actual, expected, call)
+
+
+@pytest.mark.parametrize('function', ['direct', 'windows', 'taps', 'im2col', 'toeplitz'])
+@each_case
+def test_zero_offsets_make_each_convolution_of_the_reference(case: Case, function: str, device: str) -> None:
+    if case.batch == 0:
+        pytest.skip('the family from first principles begins at one image')
+    call = case.draw(device=device).zero_offsets()
+    convolve = getattr(reference.conv2d, f'conv2d_{function}')
+    expected = convolve(call.input, call.weight, call.bias, call.stride, call.padding, call.dilation, call.groups)
+    assert_close({'output': call(deform_conv2d)}, {'output': expected}, call)
+
+
+@pytest.mark.parametrize('tap', range(6))
+@pytest.mark.parametrize(('channel', 'step'), [(0, (1, 0)), (1, (0, 1))], ids=['y', 'x'])
+def test_of_each_pair_of_offset_channels_the_first_moves_a_tap_down_and_the_second_right(
+    tap: int, channel: int, step: tuple[int, int], device: str
+) -> None:
+    case = Case((1, 1), (7, 6), (3, 2), mask=False, bias=False, batch=1)
+    call = case.draw(device=device).zero_offsets()
+    call.offset[:, 2 * tap + channel] = 1
+    weight = torch.zeros_like(call.weight)
+    weight.flatten()[tap] = 1
+    shifted = F.pad(call.input, (0, 1, 0, 1))[..., step[0] :, step[1] :]
+    expected = F.conv2d(shifted, weight)[..., :5, :5]
+    torch.testing.assert_close(replace(call, weight=weight)(deform_conv2d), expected, **EXACT)
+
+
+def test_offset_group_g_moves_the_channels_of_part_g_alone(device: str) -> None:
+    call = CASES['groups across offset groups'].draw(device=device).zero_offsets()
+    call.offset.unflatten(1, (3, -1))[:, 1] = 1e9  # out of the image
+    call.input[:, 4:8] = 0
+    assert_close({'output': call(deform_conv2d)}, {'output': call(conv2d)}, call)
+
+
+@each_case
+def test_mmcv_agrees(case: Case) -> None:
+    ops = pytest.importorskip('mmcv.ops')
+    if case.batch == 0:
+        pytest.skip('mmcv refuses an empty batch')
+    call = case.draw(torch.float64)
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+
+    def mmcv(input: Tensor, offset: Tensor, weight: Tensor, bias: Any, mask: Any, **_: Any) -> Tensor:
+        if mask is None and bias is None:
+            return ops.deform_conv2d(input, offset, weight, *geometry, False, case.batch)
+        ones = offset.new_ones(case.batch, offset.shape[1] // 2, *offset.shape[2:])
+        zeros = weight.new_zeros(len(weight))
+        return ops.modulated_deform_conv2d(
+            input,
+            offset,
+            ones if mask is None else mask,
+            weight,
+            zeros if bias is None else bias,
+            *geometry,
+        )
+
+    grad_output = draw_grad_output(call)
+    actual, expected = (gradients(function, call, grad_output) for function in (deform_conv2d, mmcv))
+    assert_close(actual, expected, call)
+
+
+# Offsets and pixels that are not ordinary numbers, places where the derivative jumps
+
+
+def sample(image: Tensor, y: float, x: float, dtype: torch.dtype | None = None) -> Call:
+    """Sample an image [H, W] at one place, with a kernel of one pixel whose position is (0, 0)."""
+    offset = image.new_zeros(1, 2, *image.shape)
+    offset[0, 0, 0, 0], offset[0, 1, 0, 0] = y, x
+    return Call(image[None, None], offset, image.new_ones(1, 1, 1, 1), None, (1, 1), (0, 0), (1, 1), None)
+
+
+def sample_gradients(image: Tensor, y: float, x: float) -> dict[str, Any]:
+    """Give the sample, its derivative by y and by x, and by the pixels."""
+    call = sample(image, y, x)
+    grad_output = torch.zeros_like(call.input)
+    grad_output[..., 0, 0] = 1
+    result = gradients(deform_conv2d, call, grad_output)
+    dy, dx = result['offset'][0, :, 0, 0].tolist()
+    value = result['output'][0, 0, 0, 0].item()
+    return {'value': value, 'dy': dy, 'dx': dx, 'input': result['input'][0, 0]}
+
+
+def squares(device: str, dtype: torch.dtype = torch.float64) -> Tensor:  # [3, 4]
+    """An image that is nowhere linear, so that each cell has slopes of its own."""
+    y = torch.arange(3, dtype=dtype, device=device)[:, None]
+    x = torch.arange(4, dtype=dtype, device=device)
+    return (y + 1) ** 2 + 10 * (x + 1) ** 2
+
+
+@pytest.mark.parametrize('far', [torch.inf, -torch.inf, 1e30, -1e30, 3.0, -1.0], ids=str)
+@pytest.mark.parametrize('axis', [0, 1], ids=['y', 'x'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_an_offset_out_of_the_image_samples_zero_and_has_no_gradient(
+    far: float, axis: int, dtype: torch.dtype, device: str
+) -> None:
+    image = squares(device, dtype)[:, :3]
+    result = sample_gradients(image, *((far, 0.5) if axis == 0 else (0.5, far)))
+    assert (result['value'], result['dy'], result['dx']) == (0, 0, 0)
+    assert not result['input'].any()
+
+
+@pytest.mark.parametrize('other', [0.5, torch.nan, torch.inf, 1e30], ids=str)
+@pytest.mark.parametrize('axis', [0, 1], ids=['y', 'x'])
+def test_a_nan_offset_gives_nan_at_its_output_position_alone(axis: int, other: float, device: str) -> None:
+    image = squares(device)
+    call = sample(image, *((torch.nan, other) if axis == 0 else (other, torch.nan)))
+    output = call(deform_conv2d)[0, 0]
+    assert output[0, 0].isnan()
+    torch.testing.assert_close(output.flatten()[1:], image.flatten()[1:], **EXACT)
+
+
+def test_a_nan_offset_gives_its_sample_nan_gradients_and_its_neighbours_none(device: str) -> None:
+    call = sample(squares(device), torch.nan, 0.5)
+    result = gradients(deform_conv2d, call, torch.ones_like(call.input))
+    assert result['offset'][0, :, 0, 0].isnan().all()
+    assert result['weight'].isnan().all()
+    assert not result['offset'].flatten(2)[..., 1:].isnan().any()
+    assert not result['input'].isnan().any()
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf], ids=str)
+def test_a_pixel_that_is_not_a_number_reaches_only_samples_in_the_cells_around_it(bad: float, device: str) -> None:
+    image = squares(device)
+    image[1, 1] = bad
+    for y, x in product((-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5), (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)):
+        result = sample_gradients(image, y, x)
+        touched = 0 <= y < 2 and 0 <= x < 2  # the cell of (y, x) has the pixel at a corner
+        assert (result['value'] == result['value'] and abs(result['value']) < 1e9) != touched, (y, x)
+        assert result['input'].isfinite().all()
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf], ids=str)
+def test_an_image_full_of_nan_does_not_leak_into_samples_outside(bad: float, device: str) -> None:
+    call = CASES['everything at once'].draw(device=device)
+    call = replace(call, input=torch.full_like(call.input, bad), offset=torch.full_like(call.offset, 1e4))
+    expected = torch.zeros_like(call(deform_conv2d)) + call.bias[:, None, None]
+    torch.testing.assert_close(call(deform_conv2d), expected, **EXACT)
+
+
+@pytest.mark.parametrize('y', [0.0, 1.0])
+@pytest.mark.parametrize('x', [0.0, 1.0, 2.0])
+def test_at_an_integer_place_the_derivative_is_the_one_sided_one_to_the_right(y: float, x: float, device: str) -> None:
+    image = squares(device)
+    result = sample_gradients(image, y, x)
+    row, column = int(y), int(x)
+    assert result['value'] == image[row, column]
+    assert result['dy'] == image[row + 1, column] - image[row, column]
+    assert result['dx'] == image[row, column + 1] - image[row, column]
+
+
+def test_at_the_last_row_and_column_the_one_sided_derivative_falls_to_the_zero_outside(device: str) -> None:
+    image = squares(device)
+    result = sample_gradients(image, 2.0, 3.0)
+    assert (result['value'], result['dy'], result['dx']) == (image[2, 3], -image[2, 3], -image[2, 3])
+
+
+@pytest.mark.parametrize(('y', 'x'), [(-1.0, 1.0), (1.0, -1.0), (3.0, 1.0), (1.0, 4.0)])
+def test_one_pixel_out_of_the_image_value_and_derivative_are_zero(y: float, x: float, device: str) -> None:
+    result = sample_gradients(squares(device), y, x)
+    assert (result['value'], result['dy'], result['dx']) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(('y', 'x'), [(-0.25, 1.5), (2.25, 1.5), (1.5, -0.25), (1.5, 3.25), (-0.25, 3.25)])
+def test_within_one_pixel_of_the_image_a_sample_fades_to_zero(y: float, x: float, device: str) -> None:
+    image = squares(device)
+    padded = F.pad(image, (1, 1, 1, 1))
+    top, left = int(y + 1), int(x + 1)  # in the padded image
+    fy, fx = y + 1 - top, x + 1 - left
+    v = padded[top : top + 2, left : left + 2]
+    result = sample_gradients(image, y, x)
+    rows, columns = torch.tensor([1 - fy, fy]).to(v), torch.tensor([1 - fx, fx]).to(v)
+    assert result['value'] == pytest.approx((rows @ v @ columns).item())
+    assert result['dy'] == pytest.approx(((v[1] - v[0]) @ columns).item())
+    assert result['dx'] == pytest.approx(((v[:, 1] - v[:, 0]) @ rows).item())
+    assert result['input'].sum().item() == pytest.approx(
+        (F.pad(torch.ones_like(image), (1, 1, 1, 1))[top : top + 2, left : left + 2] * torch.outer(rows, columns))
+        .sum()
+        .item()
+    )
+
+
+# Sizes
+
+
+def test_a_call_may_have_more_columns_than_32_bits_count(device: str) -> None:
+    channels, padding = 2048, 170
+    input = torch.randn(1, channels, 6, 7, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = torch.randn(2, channels, 3, 3, generator=torch.Generator().manual_seed(1)).to(device)
+    size = (6 + 2 * padding - 2, 7 + 2 * padding - 2)
+    offset = torch.zeros(1, 1, 1, 1, device=device).expand(1, 18, *size)
+    assert channels * 9 * size[0] * size[1] > 2**31
+    output = deform_conv2d(input, offset, weight, padding=padding)
+    middle = (slice(None), slice(None), slice(168, 176), slice(168, 177))
+    expected = F.conv2d(input.double(), weight.double(), padding=2)
+    n = 9 * channels
+    torch.testing.assert_close(output[middle].double(), expected, rtol=0, atol=n * 2**-24 * expected.abs().max().item())
+    assert output.count_nonzero() == output[middle].count_nonzero()
+
+
+def test_the_images_of_a_batch_do_not_see_each_other(device: str) -> None:
+    call = CASES['33 images'].draw(device=device)
+    whole = call(deform_conv2d)
+    for i in (0, 1, 31, 32):
+        one = replace(call, input=call.input[i : i + 1], offset=call.offset[i : i + 1], mask=call.mask[i : i + 1])
+        assert_close({'output': one(deform_conv2d)}, {'output': whole[i : i + 1]}, call)
+
+
+# Memory
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """Every second element of a larger tensor, in every dimension, from the second on."""
+    larger = torch.full([2 * size + 2 for size in tensor.shape], torch.nan).to(tensor)
+    view = larger[tuple(slice(2, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """The first slice of each dimension but the last two, repeated with stride 0."""
+    return tensor[:1, :1].expand_as(tensor)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT
+
+
+def channels_of_more(tensor: Tensor) -> Tensor:
+    """Some channels of channels_last images with more."""
+    batch, channels, height, width = tensor.shape
+    larger = torch.full((batch, height, width, channels + 3), torch.nan).to(tensor)
+    return larger.permute(0, 3, 1, 2)[:, 2 : channels + 2].copy_(tensor)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    'contiguous': Tensor.contiguous,
+    'channels last': lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    'channels of more': channels_of_more,
+    'sliced': sliced,
+    'transposed': transposed,
+    'batch inside': lambda tensor: tensor.movedim(0, -1).contiguous().movedim(-1, 0),
+    'expanded': expanded,
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_every_mix_of_strides_gives_the_same_values(layout: str, device: str) -> None:
+    call = Case((4, 6), (5, 4), (3, 2), (2, 1), (1, 0), (1, 2), 2, 2).draw(device=device)
+    call = replace(call, input=LAYOUTS[layout](call.input), bias=sliced(call.bias))
+    grad_output = draw_grad_output(call)
+    for offset, mask in product(LAYOUTS.values(), repeat=2):
+        mixed = replace(call, offset=offset(call.offset), mask=mask(call.mask))
+        expected = expected_gradients(mixed.map(Tensor.contiguous), grad_output)
+        for arrange in (layout for layout in LAYOUTS.values() if layout is not expanded):
+            mixed = replace(mixed, weight=arrange(call.weight))
+            assert_close(gradients(deform_conv2d, mixed, arrange(grad_output)), expected, call)
+
+
+def test_an_expanded_weight_and_an_expanded_gradient_are_like_any_other(device: str) -> None:
+    call = Case((4, 6), (5, 4), (3, 2), (2, 1), (1, 0), (1, 2), 2, 2).draw(device=device)
+    call = replace(call, weight=expanded(call.weight))
+    grad_output = draw_grad_output(call)[:1, :1, :1, :1].expand_as(draw_grad_output(call))
+    plain = call.map(Tensor.contiguous)
+    expected = expected_gradients(plain, grad_output.contiguous())
+    assert_close(gradients(deform_conv2d, call, grad_output), expected, call)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ('layout', 'memory_format'),
+    [
+        ('contiguous', torch.contiguous_format),
+        ('channels last', torch.channels_last),
+        ('channels of more', torch.channels_last),
+        ('sliced', torch.contiguous_format),
+    ],
+)
+def test_output_and_gradient_follow_the_memory_format_of_the_input(
+    layout: str, memory_format: torch.memory_format, dtype: torch.dtype, device: str
+) -> None:
+    call = CASES['everything at once'].draw(dtype, device)
+    call = replace(call, input=LAYOUTS[layout](call.input))
+    result = gradients(deform_conv2d, call, draw_grad_output(call))
+    assert result['output'].is_contiguous(memory_format=memory_format)
+    assert result['input'].is_contiguous(memory_format=memory_format)
+
+
+def copied_bytes(function: Callable[[], Any]) -> int:
+    """Count the bytes that torch's copies write."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        function()
+    copies = [event for event in profile.events() if event.name == 'aten::copy_']
+    return sum(4 * torch.Size(event.input_shapes[0]).numel() for event in copies)
+
+
+def test_channels_last_images_are_not_copied(device: str) -> None:
+    call = Case((64, 32), (20, 30), (3, 3), padding=(1, 1), bias=False).draw(torch.float32, device)
+    call = call.map(lambda tensor: tensor.requires_grad_())
+    nhwc = replace(call, input=LAYOUTS['channels last'](call.input))
+    grad_output = draw_grad_output(call)
+    weight_bytes = 4 * call.weight.numel()
+
+    def forward_and_backward(call: Call, grad_output: Tensor) -> None:
+        torch.autograd.grad(call(deform_conv2d), list(call.tensors().values()), grad_output)
+
+    # The weight is brought to the order of the taps, in the forward and in the backward, and its gradient back.
+    in_place = copied_bytes(lambda: forward_and_backward(nhwc, LAYOUTS['channels last'](grad_output)))
+    grad_output_bytes = 4 * grad_output.numel()
+    assert in_place <= 4 * weight_bytes + grad_output_bytes
+    if device == 'cpu':
+        copying = copied_bytes(lambda: forward_and_backward(call, grad_output))
+        assert copying > in_place + 2 * 4 * call.input.numel()
+
+
+# Types
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('deformed', [False, True], ids=['zero offsets', 'offsets'])
+def test_the_error_is_at_most_twice_that_of_a_plain_convolution_in_the_type(
+    dtype: torch.dtype, deformed: bool, device: str
+) -> None:
+    """Each error is against float64 on the very same numbers, those of the type."""
+    call = Case((64, 48), (20, 30), (3, 3), padding=(1, 1), groups=2, offset_groups=4).draw(dtype, device)
+    grad_output = draw_grad_output(call)
+    plain = call.zero_offsets()
+    theirs = gradients(conv2d, plain, grad_output)
+    exact = gradients(conv2d, plain.map(Tensor.double), grad_output.double())
+    call = call if deformed else plain
+    ours, ours_exact = gradients(deform_conv2d, call, grad_output), expected_gradients(call, grad_output)
+    for name in ('output', 'input', 'weight', 'bias'):
+        yardstick = relative_error(theirs[name], exact[name])
+        assert relative_error(ours[name], ours_exact[name]) <= 2 * yardstick, name
+    for name in call.tensors().keys() & {'offset', 'mask'}:  # sums of products as the others
+        yardstick = relative_error(theirs['input'], exact['input'])
+        assert relative_error(ours[name], ours_exact[name]) <= 2 * yardstick, name
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_adds_up_in_float32(dtype: torch.dtype, device: str) -> None:
+    """A sum of 4096 ones and a large number; an addition in the type would lose each of the ones."""
+    input = torch.ones(1, 4097, 1, 1, dtype=dtype, device=device)
+    input[0, 0] = 4096
+    offset = torch.zeros(1, 2, 1, 1, dtype=dtype, device=device)
+    weight = torch.ones(1, 4097, 1, 1, dtype=dtype, device=device)
+    assert deform_conv2d(input, offset, weight).item() == 8192
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_images_take_float32_offsets(dtype: torch.dtype, device: str) -> None:
+    """An offset of 300.25 pixels has more digits than bfloat16, and float16 has none left for its sixteenths."""
+    call = CASES['everything at once'].draw(torch.float32, device)
+    call = replace(
+        call,
+        input=F.pad(call.input, (300, 0)).to(dtype),
+        weight=call.weight.to(dtype),
+        bias=call.bias.to(dtype),
+        offset=F.pad(call.offset, (0, 300)) + 1 / 256,
+        mask=F.pad(call.mask, (0, 300)),
+    )
+    call.offset[:, 1::2] += 300
+    check_against_reference(call)
+    result = gradients(deform_conv2d, call, draw_grad_output(call))
+    assert {name: result[name].dtype for name in ('output', 'input', 'weight', 'bias', 'offset', 'mask')} == {
+        'output': dtype,
+        'input': dtype,
+        'weight': dtype,
+        'bias': dtype,
+        'offset': torch.float32,
+        'mask': torch.float32,
+    }
+
+
+@pytest.mark.parametrize('low', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_images_and_weight_but_neither_offsets_nor_mask(low: torch.dtype, device: str) -> None:
+    call = CASES['everything at once'].draw(torch.float32, device)
+    call = replace(call, offset=call.offset + 1 / 4096, mask=call.mask + 1 / 4096)  # lost by the low types
+    by_hand = replace(call, input=call.input.to(low), weight=call.weight.to(low), bias=call.bias.to(low))
+    with torch.autocast(device, low):
+        output = call(deform_conv2d)
+    assert output.dtype == low
+    torch.testing.assert_close(output, by_hand(deform_conv2d), **EXACT)
+
+
+def test_autocast_brings_offsets_in_a_low_type_to_float32(device: str) -> None:
+    """So a model whose offsets come from a convolution under autocast runs."""
+    call = CASES['everything at once'].draw(torch.float32, device)
+    low = replace(call, offset=call.offset.bfloat16(), mask=call.mask.bfloat16())
+    with torch.autocast(device, torch.bfloat16):
+        torch.testing.assert_close(low(deform_conv2d), replace(call, mask=low.mask.float())(deform_conv2d), **EXACT)
+
+
+def test_gradients_under_autocast_have_the_types_of_the_arguments(device: str) -> None:
+    call = CASES['everything at once'].draw(torch.float32, device).map(lambda t: t.requires_grad_())
+    with torch.autocast(device, torch.bfloat16):
+        output = call(deform_conv2d)
+    grads = torch.autograd.grad(output.float().square().sum(), list(call.tensors().values()))
+    assert {grad.dtype for grad in grads} == {torch.float32}
+
+
+def test_autocast_leaves_float64_alone(device: str) -> None:
+    call = CASES['everything at once'].draw(torch.float64, device)
+    with torch.autocast(device, torch.bfloat16):
+        output = call(deform_conv2d)
+    torch.testing.assert_close(output, call(deform_conv2d), **EXACT)
+
+
+@pytest.mark.filterwarnings('ignore:CUDA is not available')
+def test_autocast_on_another_device_changes_nothing() -> None:
+    call = CASES['everything at once'].draw(torch.float32)
+    with torch.autocast('cuda', torch.bfloat16):
+        assert call(deform_conv2d).dtype == torch.float32
+
+
+# Work that is not done
+
+
+@pytest.mark.parametrize(
+    'needed',
+    list(each_subset(['input', 'offset', 'mask', 'weight', 'bias'])),
+    ids=lambda names: '+'.join(names) or 'none',
+)
+def test_only_the_gradients_that_are_needed_are_computed(needed: list[str], device: str) -> None:
+    call = CASES['everything at once'].draw(device=device)
+    grad_output = draw_grad_output(call)
+    expected = expected_gradients(call, grad_output)
+    tensors = {name: tensor.requires_grad_(name in needed) for name, tensor in call.tensors().items()}
+    with Recorder() as recorder:
+        output = call(deform_conv2d)
+        if needed:
+            grads = torch.autograd.grad(output, [tensors[name] for name in needed], grad_output)
+            assert_close(dict(zip(needed, grads, strict=True)), expected, call)
+    backward = [(args, results) for name, args, results in recorder.calls if name == 'deform_conv2d_backward']
+    of_operator = [name in needed for name in ('input', 'offset', 'mask', 'weight')]
+    if any(of_operator):
+        ((args, results),) = backward
+        assert list(args[-1]) == of_operator
+        assert [result.numel() > 0 for result in results] == of_operator
+    else:
+        assert not backward
+
+
+# Determinism
+
+
+DETERMINISM_CASES = {
+    'a tile and a block': Case((3, 7), (5, 6), (3, 3), padding=(1, 1), batch=1),
+    'a tile and many blocks': Case((256, 64), (7, 8), (3, 3), padding=(1, 1), batch=1),
+    'many tiles and a block': Case((16, 32), (41, 43), (3, 3), padding=(1, 1)),
+    'many of both': Case((96, 64), (23, 29), (3, 3), padding=(1, 1), groups=2, offset_groups=3),
+    'one output channel': Case((2, 1), (210, 190), (3, 3), padding=(1, 1), batch=1),
+}
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels last'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('case', DETERMINISM_CASES.values(), ids=DETERMINISM_CASES.keys())
+def test_on_the_cpu_neither_runs_nor_the_number_of_threads_change_a_bit(
+    case: Case, dtype: torch.dtype, layout: str
+) -> None:
+    call = case.draw(dtype)
+    call = replace(call, input=LAYOUTS[layout](call.input))
+    grad_output = draw_grad_output(call)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = gradients(deform_conv2d, call, grad_output)
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            for name, result in gradients(deform_conv2d, call, grad_output).items():
+                assert torch.equal(result, expected[name]), f'{name} with {count} threads'
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('capability', ['default', 'avx2', 'avx512'])
+def test_each_instruction_set_agrees_with_the_reference(capability: str) -> None:
+    """ATEN_CPU_CAPABILITY turns torch down to an instruction set, and mmdcn's library with it."""
+    program = (
+        'import torch\n'
+        'from test_deform_conv2d import CASES, check_against_reference\n'
+        'for dtype in (torch.float64, torch.float32, torch.bfloat16):\n'
+        '    for case in CASES.values():\n'
+        '        check_against_reference(case.draw(dtype))\n'
+        'print(torch.backends.cpu.get_cpu_capability())\n'
+    )
+    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability, 'PYTHONPATH': str(Path(__file__).parent)}
+    result = subprocess.run(
+        [sys.executable, '-c', program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    if result.stdout.strip().lower() != capability:
+        pytest.skip(f'this processor has no {capability}')
