@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -9,3 +11,12 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == 'cuda' and not torch.cuda.is_available():
         pytest.skip('torch finds no CUDA device')
     return request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small calls, whose threads would do little but wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -127,6 +127,40 @@ CASES = {
 }
 
 
+def sliced(tensor: Tensor) -> Tensor:
+    """Every second element of a larger tensor, in every dimension, from the second on."""
+    larger = torch.full([2 * size + 2 for size in tensor.shape], torch.nan).to(tensor)
+    view = larger[tuple(slice(2, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """The first slice of each dimension but the last two, repeated with stride 0."""
+    return tensor[:1, :1].expand_as(tensor)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT
+
+
+def channels_of_more(tensor: Tensor) -> Tensor:
+    """Some channels of channels_last images with more."""
+    batch, channels, height, width = tensor.shape
+    larger = torch.full((batch, height, width, channels + 3), torch.nan).to(tensor)
+    return larger.permute(0, 3, 1, 2)[:, 2 : channels + 2].copy_(tensor)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    'contiguous': Tensor.contiguous,
+    'channels last': lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    'channels of more': channels_of_more,
+    'sliced': sliced,
+    'transposed': transposed,
+    'batch inside': lambda tensor: tensor.movedim(0, -1).contiguous().movedim(-1, 0),
+    'expanded': expanded,
+}
+
+
 def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) -> dict[str, Tensor]:
     """Give the output and every gradient, by name."""
     call = call.map(lambda tensor: tensor.detach().requires_grad_())

@@ -26,6 +26,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from mmdcn import reference
 from mmdcn.ops import deform_conv2d
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 CHECK = {'fast_mode': False, 'raise_exception': True}
 NAMES = ['input', 'offset', 'mask', 'weight', 'bias']
 each_subset_of_names = pytest.mark.parametrize('names', [names for names in each_subset(NAMES) if names], ids='+'.join)
@@ -309,7 +311,7 @@ def test_vmap_of_the_backward_operator_equals_a_loop(
     tensors = [[draw_grad_output(c, i), c.input, c.offset, c.mask, c.weight] for i, c in enumerate(calls)]
     tensors = [[t if j in mapped else tensors[0][j] for j, t in enumerate(each)] for each in tensors]
     call = calls[0]
-    settings = (call.stride, call.padding, call.dilation, call.groups, 3, output_mask)
+    settings = (call.stride, call.padding, call.dilation, call.groups, 3, output_mask, False)
 
     def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.mmdcn.deform_conv2d_backward(*tensors, *settings)

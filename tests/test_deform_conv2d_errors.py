@@ -405,7 +405,9 @@ def test_the_operator_itself_refuses_what_it_would_read_outside_of(changes: dict
 def test_the_backward_operator_itself_does_too(grad_output: Make, output_mask: list[bool], message: str) -> None:
     input, offset, _, weight, _, *settings = operator_arguments()
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        torch.ops.mmdcn.deform_conv2d_backward(grad_output(), input, offset, None, weight, *settings, output_mask)
+        torch.ops.mmdcn.deform_conv2d_backward(
+            grad_output(), input, offset, None, weight, *settings, output_mask, False
+        )
 
 
 def test_the_fake_operator_refuses_groups_that_do_not_fit_the_shapes() -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """mmdcn.reference.conv2d against torch.nn.functional and its autograd.
 
 Note: [Why the tolerance is zero]

@@ -25,7 +25,8 @@ std::string to_string(const Sizes& sizes) {
 }
 
 inline void check_rank(const torch::stable::Tensor& tensor, const char* name, int64_t rank) {
-  STD_TORCH_CHECK(tensor.dim() == rank, name, " must have ", rank, " dimensions, got shape ", to_string(tensor.sizes()));
+  STD_TORCH_CHECK(tensor.dim() == rank, name, " must have ", rank, " dimensions, got shape ",
+                  to_string(tensor.sizes()));
 }
 
 inline void check_shape(const torch::stable::Tensor& tensor, const char* name, const std::vector<int64_t>& expected) {
@@ -47,7 +48,8 @@ inline void check_same_type(const torch::stable::Tensor& tensor, const char* nam
                   toString(tensor.scalar_type()));
 }
 
-inline void check_same_device(const torch::stable::Tensor& tensor, const char* name, const torch::stable::Tensor& input) {
+inline void check_same_device(const torch::stable::Tensor& tensor, const char* name,
+                              const torch::stable::Tensor& input) {
   STD_TORCH_CHECK(tensor.device() == input.device(), name, " must be on the device of input");
 }
 

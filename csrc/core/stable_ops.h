@@ -37,9 +37,7 @@ inline Tensor values_as(const Tensor& self, torch::headeronly::ScalarType type) 
 }
 
 // out = a @ b
-inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  call_torch("aten::mm", "out", a, b, out);
-}
+inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) { call_torch("aten::mm", "out", a, b, out); }
 
 // out = a @ weight^T + bias
 inline void linear_out(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {

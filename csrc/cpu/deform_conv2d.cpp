@@ -21,7 +21,7 @@
 
 #include "../core/bilinear.h"
 #include "../core/dispatch.h"
-#include "nhwc.h"
+#include "../core/nhwc.h"
 #include "parallel.h"
 
 namespace mmdcn {
@@ -43,8 +43,8 @@ std::vector<ChannelBlock> channel_blocks(const ConvGeometry& g, int64_t max_chan
   std::vector<ChannelBlock> blocks;
   for (int64_t begin = 0; begin < g.in_channels;) {
     const int64_t group = begin / g.group_in_channels(), offset_group = begin / g.offset_group_channels();
-    const int64_t end = std::min({begin + max_channels, (group + 1) * g.group_in_channels(),
-                                  (offset_group + 1) * g.offset_group_channels()});
+    const int64_t end = std::min(
+        {begin + max_channels, (group + 1) * g.group_in_channels(), (offset_group + 1) * g.offset_group_channels()});
     blocks.push_back({group, offset_group, begin, end});
     begin = end;
   }
@@ -238,9 +238,8 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optio
   const ConvGeometry g =
       deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
   check_bias(bias, input, g.out_channels);
-  const Tensor output =
-      torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(), std::nullopt,
-                           input.device(), std::nullopt, memory_format(input));
+  const Tensor output = torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(),
+                                             std::nullopt, input.device(), std::nullopt, memory_format(input));
   const ScalarType type = compute_type(input.scalar_type());
   dispatch_compute(type, [&](auto zero) {
     using T = decltype(zero);
@@ -396,8 +395,7 @@ class Backward {
       Partial sum{0, 0, 0};
       for (size_t block = 0; block < blocks_.size(); ++block) {
         if (blocks_[block].offset_group != sample / g_.taps()) continue;
-        const Partial& part =
-            partials_[(block * kChunkPositions + chunk_position) * g_.taps() + sample % g_.taps()];
+        const Partial& part = partials_[(block * kChunkPositions + chunk_position) * g_.taps() + sample % g_.taps()];
         sum.y += part.y, sum.x += part.x, sum.mask += part.mask;
       }
       const int64_t plane = image * sampling_.samples_per_position() + sample;
@@ -431,7 +429,8 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
                                              const std::optional<Tensor>& mask, const Tensor& weight,
                                              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation, int64_t groups,
-                                             int64_t offset_groups, const std::vector<bool>& output_mask) {
+                                             int64_t offset_groups, const std::vector<bool>& output_mask,
+                                             bool /*deterministic*/) {  // always
   const ConvGeometry g =
       deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
   check_backward(grad_output, input, mask, output_mask, g);

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../core/dispatch.h"
-#include "../cpu/nhwc.h"
+#include "../core/nhwc.h"
 #include "../ops/deform_conv2d.h"
 #include "device.cuh"
 
@@ -234,12 +234,12 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
                                              const std::optional<Tensor>& mask, const Tensor& weight,
                                              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation, int64_t groups,
-                                             int64_t offset_groups, const std::vector<bool>& output_mask) {
+                                             int64_t offset_groups, const std::vector<bool>& output_mask,
+                                             bool deterministic) {
   const ConvGeometry g =
       deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
   check_backward(grad_output, input, mask, output_mask, g);
   const DeviceGuard guard(input.get_device_index());
-  constexpr bool deterministic = false;  // until the schema has a way to ask for it
   const ScalarType type = compute_type(input.scalar_type());
   const Tensor grad_input = empty_gradient(output_mask[0], input, input.scalar_type(), memory_format(input));
   const Tensor grad_offset = empty_gradient(output_mask[1], offset, type);

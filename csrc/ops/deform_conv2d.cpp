@@ -4,20 +4,21 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(mmdcn, m) {
   m.def(
       "deform_conv2d("
-      "Tensor input, "         // [B, C_in, H, W]
-      "Tensor offset, "        // [B, 2*G*K, H_out, W_out], (y, x) of each tap
-      "Tensor? mask, "         // [B, G*K, H_out, W_out]
-      "Tensor weight, "        // [C_out, C_in/groups, kh, kw]
-      "Tensor? bias, "         // [C_out]
+      "Tensor input, "   // [B, C_in, H, W]
+      "Tensor offset, "  // [B, 2*G*K, H_out, W_out], (y, x) of each tap
+      "Tensor? mask, "   // [B, G*K, H_out, W_out]
+      "Tensor weight, "  // [C_out, C_in/groups, kh, kw]
+      "Tensor? bias, "   // [C_out]
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
       "SymInt groups, SymInt offset_groups"
-      ") -> Tensor");          // [B, C_out, H_out, W_out]
+      ") -> Tensor");  // [B, C_out, H_out, W_out]
   m.def(
       "deform_conv2d_backward("
-      "Tensor grad_output, "   // [B, C_out, H_out, W_out]
+      "Tensor grad_output, "  // [B, C_out, H_out, W_out]
       "Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
       "SymInt groups, SymInt offset_groups, "
-      "bool[] output_mask"     // which of the four gradients to compute; the others come back with no elements
+      "bool[] output_mask, "  // which of the four gradients to compute; the others come back with no elements
+      "bool deterministic"    // the same bits in each run, at a cost in time and memory on some devices
       ") -> (Tensor grad_input, Tensor grad_offset, Tensor grad_mask, Tensor grad_weight)");
 }

@@ -211,7 +211,7 @@ def _reference(
 
 
 def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors_and_geometry, _groups, _offset_groups, output_mask = arguments
+    *tensors_and_geometry, _groups, _offset_groups, output_mask, _deterministic = arguments
     gradients: Any = reference.deform_conv2d_backward(*tensors_and_geometry)
     placeholder = arguments[0].new_empty(0)
     return tuple(grad if needed else placeholder for grad, needed in zip(gradients, output_mask, strict=True))
@@ -262,6 +262,7 @@ def _fake_backward(
     groups: int,
     offset_groups: int,
     output_mask: Sequence[bool],
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def gradient(needed: bool, tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         if not needed:
@@ -287,7 +288,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     output_mask = (needs_input, needs_offset, needs_mask, needs_weight)
     gradients: tuple[Tensor | None, ...] = (None, None, None, None)
     if any(output_mask):
-        gradients = _convolve_backward(grad_output, input, offset, mask, weight, *ctx.settings, output_mask)
+        settings = (*ctx.settings, output_mask, torch.are_deterministic_algorithms_enabled())
+        gradients = _convolve_backward(grad_output, input, offset, mask, weight, *settings)
     grad_input, grad_offset, grad_mask, grad_weight = (
         gradient if needed else None for gradient, needed in zip(gradients, output_mask, strict=True)
     )
@@ -344,14 +346,15 @@ def _vmap_backward(
     """Do as _vmap does; but a gradient of the weight is one of each of the V calls."""
     size = info.batch_size
     *images, weight = arguments[:5]  # grad_output, input, offset, mask
-    *geometry, groups, offset_groups, output_mask = arguments[5:]
+    *geometry, groups, offset_groups, output_mask, deterministic = arguments[5:]
     shared = in_dims[4] is None and not output_mask[3]
     fold, dim = (into_batch, 0) if shared else (into_channels, 1)
     images = [fold(size, *image) for image in zip(in_dims[:4], images, strict=True)]
     if not shared:
         weight = into_batch(size, in_dims[4], weight)
         groups, offset_groups = size * groups, size * offset_groups
-    gradients = convolve_backward(*images, weight, *geometry, groups, offset_groups, output_mask)
+    settings = (*geometry, groups, offset_groups, output_mask, deterministic)
+    gradients = convolve_backward(*images, weight, *settings)
     dims = tuple(d if needed else None for d, needed in zip((dim, dim, dim, 0), output_mask, strict=True))
     gradients = tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True))
     return gradients, dims

@@ -6,8 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "../core/dispatch.h"
-#include "../core/stable_ops.h"
+#include "dispatch.h"
+#include "stable_ops.h"
 
 namespace mmdcn {
 

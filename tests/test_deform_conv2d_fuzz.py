@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmdcn.ops.deform_conv2d on calls that nobody thought of; tests/fuzz_deform_conv2d.py draws as many as one likes."""
+
+import pytest
+
+pytest.importorskip('hypothesis')
+
+from fuzz_deform_conv2d import fuzz
+
+
+@pytest.mark.usefixtures('one_thread')
+def test_drawn_calls_agree_with_the_reference_and_with_every_peer_that_can_answer() -> None:
+    tally = fuzz(count=300, number=0)
+    print(tally)
+    assert tally.cases >= 300
