@@ -8,6 +8,7 @@ at the very places of the float64 reference, none of them lies where a derivativ
 finite difference steps over such a place.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -190,21 +191,38 @@ def longest_sum(call: Call) -> int:
     return 4 * max(call.weight[0].numel(), positions, call.weight[:, 0].numel())
 
 
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], call: Call) -> None:
-    """Compare results with those of the reference.
+def magnitudes(call: Call, grad_output: Tensor | None) -> dict[str, float]:
+    """Bound, for each result, the sums of the absolute values of what its elements add up."""
+    absolute = replace(call.map(torch.abs), offset=call.offset)
+    if grad_output is None:
+        return {'output': absolute.map(Tensor.double)(reference.deform_conv2d).abs().max().item()}
+    results = expected_gradients(absolute, grad_output.abs())
+    # An offset adds up the channels of its group; a column's gradient, times a slope between two pixels, a mask.
+    weight = absolute.weight.double().unflatten(0, (call.groups, -1)).flatten(2)
+    grad = grad_output.double().abs().flatten(2).unflatten(1, (call.groups, -1))
+    columns = torch.einsum('gok,bgop->bgkp', weight, grad)
+    factors = [columns, absolute.input, *([] if call.mask is None else [absolute.mask])]
+    results['offset'] = 2 * call.input.shape[1] * math.prod(factor.double().max() for factor in factors)
+    return {name: result.max().item() for name, result in results.items()}
 
-    A sum of n terms rounds n times, each time by at most eps / 2 of a partial sum, and the result
-    once, to its own type. Of random terms no partial sum is much larger than the largest result.
+
+def assert_close(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], call: Call, grad_output: Tensor | None = None
+) -> None:
+    """Compare the output of a call, and its gradients if that of the output is given.
+
+    A sum of n terms rounds n times, each time by at most eps / 2 of a partial sum, which the sum of the absolute
+    values bounds, and the result once, to its own type.
     """
     compute_eps = torch.finfo(torch.promote_types(call.input.dtype, torch.float32)).eps
+    scale = magnitudes(call, grad_output) if len(call.input) else dict.fromkeys(actual, 0.0)
     for name, result in actual.items():
         eps = longest_sum(call) * compute_eps / 2 + torch.finfo(result.dtype).eps
-        scale = expected[name].abs().max().item() if result.numel() else 0.0
         torch.testing.assert_close(
             result.double(),
             expected[name],
             rtol=0,
-            atol=eps * scale,
+            atol=eps * scale[name],
             msg=lambda message, name=name: f'{name}: {message}',
         )
 

@@ -173,13 +173,16 @@ def check(drawn: Drawn, tally: Tally) -> None:
     expected = expected_gradients(call, grad_output)
     actual = gradients(deform_conv2d, call, grad_output)
     tally.cases += 1
-    tally.add(f'reference, {str(call.input.dtype)[6:]}', actual, expected)
-    assert_close(actual, expected, call)
+    dtype = str(call.input.dtype).removeprefix('torch.')
+    tally.add(f'reference, {dtype}', actual, expected)
+    assert_close(actual, expected, call, grad_output)
     for name, peer in PEERS.items():
         answer = peer(drawn)
         if answer is not None:
-            tally.add(name, {key: actual[key] for key in answer}, {key: t.double() for key, t in answer.items()})
-            assert_close(answer, expected, call)
+            tally.add(
+                f'{name}, {dtype}', {key: actual[key] for key in answer}, {key: t.double() for key, t in answer.items()}
+            )
+            assert_close(answer, expected, call, grad_output)
 
 
 def fuzz(count: int, number: int) -> Tally:

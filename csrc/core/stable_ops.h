@@ -36,14 +36,6 @@ inline Tensor values_as(const Tensor& self, torch::headeronly::ScalarType type) 
   return torch::stable::to(call_torch("aten::detach", "", self), type);
 }
 
-// out = a @ b
-inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) { call_torch("aten::mm", "out", a, b, out); }
-
-// out = a @ weight^T + bias
-inline void linear_out(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
-  call_torch("aten::linear", "out", a, weight, bias, out);
-}
-
 inline Tensor empty_matrix(const Tensor& like, torch::headeronly::ScalarType type, int64_t rows, int64_t columns) {
   return torch::stable::empty({rows, columns}, type, std::nullopt, like.device());
 }

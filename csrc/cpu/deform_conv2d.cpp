@@ -22,14 +22,15 @@
 #include "../core/bilinear.h"
 #include "../core/dispatch.h"
 #include "../core/nhwc.h"
+#include "linear.h"
 #include "parallel.h"
 
 namespace mmdcn {
 namespace {
 
 constexpr int64_t kTilePositions = 256;  // at most; fewer where there would be too few tiles to share
-constexpr int64_t kSmallestTile = 64;
-constexpr int64_t kChunkPositions = 512;
+constexpr int64_t kBackwardTilePositions = 512;
+constexpr int64_t kChunkPositions = 4 * kBackwardTilePositions;
 constexpr int64_t kBlockChannels = 32;
 constexpr int64_t kRoundBytes = 8 << 20;
 
@@ -167,18 +168,19 @@ class Forward {
  public:
   Forward(const ConvGeometry& g, const Sampling<T>& sampling, const Tensor& weight, const std::optional<Tensor>& bias,
           ScalarType type)
-      : g_(g),
-        sampling_(sampling),
-        type_(type),
-        blocks_(channel_blocks(g, g.in_channels)),
-        weight_(torch::stable::reshape(tap_major(g, weight, type), {g.out_channels, group_columns()})),
-        bias_(bias ? std::optional<Tensor>(values_as(*bias, type)) : std::nullopt),
-        outside_(g.in_channels, 0) {}
+      : g_(g), sampling_(sampling), type_(type), blocks_(channel_blocks(g, g.in_channels)), outside_(g.in_channels, 0) {
+    const Tensor rows = torch::stable::reshape(tap_major(g, weight, type), {g.out_channels, group_columns()});
+    for (int64_t first = 0; first < g.out_channels; first += g.group_out_channels()) {
+      linears_.emplace_back(
+          slice(rows, 0, first, g.group_out_channels()),
+          bias ? std::optional(slice(values_as(*bias, type), 0, first, g.group_out_channels())) : std::nullopt);
+    }
+  }
 
   // Fills output [N*H_out*W_out, C_out] for the images in `rows`, which begin with first_image.
   void run(const Rows<T>& rows, int64_t first_image, const Tensor& output) const {
     const int64_t positions = output.size(0);
-    const int64_t tile_positions = std::clamp(positions / 4, kSmallestTile, kTilePositions);
+    const int64_t tile_positions = std::min((positions / 4 / Linear::kRows + 1) * Linear::kRows, kTilePositions);
     const int64_t tiles = (positions + tile_positions - 1) / tile_positions;
     share_items(tiles, [&](int64_t begin, int64_t end) {
       std::vector<Sample<T>> samples(kTilePositions * sampling_.samples_per_position());
@@ -213,12 +215,9 @@ class Forward {
 
   void multiply(const Tensor& columns, const Tensor& output) const {
     for (int64_t group = 0; group < g_.groups; ++group) {
-      const int64_t first = group * g_.group_out_channels();
       const Tensor tile = slice(columns, 0, group * kTilePositions, output.size(0));
-      const std::optional<Tensor> bias =
-          bias_ ? std::optional<Tensor>(slice(*bias_, 0, first, g_.group_out_channels())) : std::nullopt;
-      linear_out(tile, slice(weight_, 0, first, g_.group_out_channels()), bias,
-                 slice(output, 1, first, g_.group_out_channels()));
+      Tensor target = slice(output, 1, group * g_.group_out_channels(), g_.group_out_channels());
+      torch::stable::copy_(target, linears_[group](tile));
     }
   }
 
@@ -226,9 +225,8 @@ class Forward {
   const Sampling<T>& sampling_;
   ScalarType type_;
   std::vector<ChannelBlock> blocks_;
-  Tensor weight_;               // [C_out, K * C_in/groups]
-  std::optional<Tensor> bias_;  // [C_out]
-  std::vector<T> outside_;      // [C_in], zeros
+  std::vector<Linear> linears_;  // of each group: [C_out/groups, K * C_in/groups]
+  std::vector<T> outside_;       // [C_in], zeros
 };
 
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask, const Tensor& weight,
@@ -278,14 +276,10 @@ class Backward {
     for (const ChannelBlock& block : blocks_) {
       const Tensor rows = slice(weight_taps, 0, block.group * g.group_out_channels(), g.group_out_channels());
       const Tensor channels = slice(rows, 2, block.begin % g.group_in_channels(), block.size());
-      weights_.push_back(torch::stable::reshape(channels, {g.group_out_channels(), g.taps() * block.size()}));
+      linears_.emplace_back(
+          torch::stable::reshape(permute(channels, {1, 2, 0}), {g.taps() * block.size(), g.group_out_channels()}));
       Tensor sum = empty_matrix(weight, type, g.group_out_channels(), needs_weight_ ? g.taps() * block.size() : 0);
       grad_weights_.push_back(torch::stable::zero_(sum));
-    }
-    for (uint32_t thread = 0; thread < torch::stable::get_num_threads(); ++thread) {
-      const int64_t width = g.taps() * kBlockChannels;
-      scratch_.push_back({empty_matrix(weight, type, 1, kChunkPositions * width),
-                          empty_matrix(weight, type, 1, needs_weight_ ? g.group_out_channels() * width : 0)});
     }
   }
 
@@ -329,42 +323,42 @@ class Backward {
   }
 
  private:
-  struct Scratch {
-    Tensor columns;  // [kChunkPositions, K * block], or fewer
-    Tensor product;  // [C_out/groups, K * block], or fewer
-  };
-
-  static Tensor first_elements(const Tensor& buffer, int64_t rows, int64_t columns) {
-    return torch::stable::view(slice(buffer, 1, 0, rows * columns), {rows, columns});
-  }
-
   // One block's share of the gradients of a sample.
   struct Partial {
     T y, x, mask;
   };
 
   void run_block(int64_t index, const Rows<T>& rows, const Rows<T>& grad_rows, const Tensor& grad_output) {
-    const ChannelBlock& block = blocks_[index];
-    const int64_t count = grad_output.size(0), width = g_.taps() * block.size();
-    const Tensor group_grad =
-        slice(grad_output, 1, block.group * g_.group_out_channels(), g_.group_out_channels());  // [count, C_out/groups]
-    const Scratch& scratch = scratch_[thread_index()];
-    const Tensor columns = first_elements(scratch.columns, count, width);
-    if (needs_input_ || needs_sampling_) mm_out(group_grad, weights_[index], columns);
+    const Tensor group_grad = slice(grad_output, 1, blocks_[index].group * g_.group_out_channels(),
+                                    g_.group_out_channels());  // [chunk, C_out/groups]
+    for (int64_t first = 0; first < group_grad.size(0); first += kBackwardTilePositions) {
+      const int64_t count = std::min(kBackwardTilePositions, group_grad.size(0) - first);
+      run_tile(index, first, rows, grad_rows, slice(group_grad, 0, first, count));
+    }
+  }
 
+  void run_tile(int64_t index, int64_t first, const Rows<T>& rows, const Rows<T>& grad_rows,
+                const Tensor& grad_output) {
+    const ChannelBlock& block = blocks_[index];
+    const int64_t count = grad_output.size(0);
+    const Tensor columns = needs_input_ || needs_sampling_
+                               ? linears_[index](grad_output)
+                               : empty_matrix(grad_output, grad_output.scalar_type(), count, g_.taps() * block.size());
     T* column = static_cast<T*>(columns.data_ptr());
-    Partial* partial = partials_.data() + index * kChunkPositions * g_.taps();
-    for (int64_t i = 0; i < count; ++i) {
+    Partial* partial = partials_.data() + (index * kChunkPositions + first) * g_.taps();
+    for (int64_t i = first; i < first + count; ++i) {
       const Sample<T>* samples = samples_.data() + (i * g_.offset_groups + block.offset_group) * g_.taps();
       for (int64_t tap = 0; tap < g_.taps(); ++tap, column += block.size(), ++partial) {
         run_sample(samples[tap], block, rows, grad_rows, column, partial);
       }
     }
-    if (!needs_weight_) return;
-    const Tensor product = first_elements(scratch.product, g_.group_out_channels(), width);
-    mm_out(torch::stable::transpose(group_grad, 0, 1), columns, product);
+    if (needs_weight_) add_grad_weight(grad_output, columns, grad_weights_[index]);
+  }
+
+  static void add_grad_weight(const Tensor& grad_output, const Tensor& columns, const Tensor& grad_weight) {
+    const Tensor product = call_torch("aten::mm", "", torch::stable::transpose(grad_output, 0, 1), columns);
     const T* addend = static_cast<const T*>(product.data_ptr());
-    T* sum = static_cast<T*>(grad_weights_[index].data_ptr());
+    T* sum = static_cast<T*>(grad_weight.data_ptr());
 #pragma omp simd
     for (int64_t i = 0; i < product.numel(); ++i) {
       sum[i] += addend[i];
@@ -407,20 +401,13 @@ class Backward {
     }
   }
 
-  static uint32_t thread_index() {
-    uint32_t index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
-    return index;
-  }
-
   const ConvGeometry& g_;
   const Sampling<T>& sampling_;
   bool needs_input_, needs_sampling_, needs_weight_;
   std::vector<ChannelBlock> blocks_;
   std::vector<T> outside_;            // [kBlockChannels], zeros
-  std::vector<Tensor> weights_;       // of each block: [C_out/groups, K * block]
-  std::vector<Tensor> grad_weights_;  // likewise
-  std::vector<Scratch> scratch_;      // of each thread
+  std::vector<Linear> linears_;       // of each block: [K * block, C_out/groups]
+  std::vector<Tensor> grad_weights_;  // of each block: [C_out/groups, K * block]
   std::vector<Sample<T>> samples_;    // [kChunkPositions, offset_groups, K]
   std::vector<Partial> partials_;     // [blocks, kChunkPositions, K]
 };
