@@ -173,6 +173,19 @@ def test_a_tangent_of_any_argument_reaches_the_output(names: list[str], device: 
     torch.testing.assert_close(through_func, actual)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_tangents_in_low_precision_lose_no_digit_of_a_place(dtype: torch.dtype, device: str) -> None:
+    """Of an image that is larger than the type counts pixels in sixteenths."""
+    call = Case((2, 3), (4, 70), (1, 2)).draw(dtype, device)
+
+    def tangent(call: Call) -> Tensor:
+        ones = {name: torch.ones_like(tensor) for name, tensor in call.tensors().items()}
+        return jvp(lambda values: replace(call, **values)(deform_conv2d), (call.tensors(),), (ones,))[1]
+
+    expected = tangent(call.map(Tensor.double))
+    assert (tangent(call).double() - expected).norm() < torch.finfo(dtype).eps * expected.norm()
+
+
 # torch.func
 
 

@@ -17,6 +17,7 @@
 #include "../ops/deform_conv2d.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../core/bilinear.h"
@@ -28,7 +29,8 @@
 namespace mmdcn {
 namespace {
 
-constexpr int64_t kTilePositions = 256;  // at most; fewer where there would be too few tiles to share
+constexpr int64_t kTileBytes = 5 << 18;  // of columns: about what a core's own cache holds
+constexpr int64_t kMaxTilePositions = 256;
 constexpr int64_t kBackwardTilePositions = 512;
 constexpr int64_t kChunkPositions = 4 * kBackwardTilePositions;
 constexpr int64_t kBlockChannels = 32;
@@ -120,8 +122,8 @@ struct Corners {
   }
 };
 
-template <typename T>
-void sample_channels(const Corners<T>& corners, const T (&weight)[4], int64_t channels, T* __restrict out) {
+template <typename T, typename Channels>
+void sample_channels(const Corners<T>& corners, const T (&weight)[4], Channels channels, T* __restrict out) {
   const T *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
@@ -130,8 +132,8 @@ void sample_channels(const Corners<T>& corners, const T (&weight)[4], int64_t ch
 }
 
 // The transpose of sample_channels. Nothing is added to a corner outside.
-template <typename T>
-void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T* __restrict grad, int64_t channels,
+template <typename T, typename Channels>
+void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T* __restrict grad, Channels channels,
                       const Rows<T>& rows, int64_t channel) {
   for (int i = 0; i < 4; ++i) {
     if (cell.pixel[i] == kOutside) continue;
@@ -143,8 +145,8 @@ void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T
   }
 }
 
-template <typename T>
-void dot_corners(const Corners<T>& corners, const T* grad, int64_t channels, T (&dot)[4]) {
+template <typename T, typename Channels>
+void dot_corners(const Corners<T>& corners, const T* grad, Channels channels, T (&dot)[4]) {
   const T *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
   T d0 = 0, d1 = 0, d2 = 0, d3 = 0;
 #pragma omp simd reduction(+ : d0, d1, d2, d3)
@@ -180,13 +182,12 @@ class Forward {
   // Fills output [N*H_out*W_out, C_out] for the images in `rows`, which begin with first_image.
   void run(const Rows<T>& rows, int64_t first_image, const Tensor& output) const {
     const int64_t positions = output.size(0);
-    const int64_t tile_positions = std::min((positions / 4 / Linear::kRows + 1) * Linear::kRows, kTilePositions);
-    const int64_t tiles = (positions + tile_positions - 1) / tile_positions;
+    const int64_t tiles = (positions + tile_positions_ - 1) / tile_positions_;
     share_items(tiles, [&](int64_t begin, int64_t end) {
-      std::vector<Sample<T>> samples(kTilePositions * sampling_.samples_per_position());
-      const Tensor columns = empty_matrix(output, type_, g_.groups * kTilePositions, group_columns());
+      std::vector<Sample<T>> samples(tile_positions_ * sampling_.samples_per_position());
+      const Tensor columns = empty_matrix(output, type_, g_.groups * tile_positions_, group_columns());
       for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t first = tile * tile_positions, count = std::min(tile_positions, positions - first);
+        const int64_t first = tile * tile_positions_, count = std::min(tile_positions_, positions - first);
         sampling_.plan(first_image, first_image * g_.positions() + first, count, samples.data());
         sample(rows, samples.data(), count, static_cast<T*>(columns.data_ptr()));
         multiply(columns, slice(output, 0, first, count));
@@ -195,14 +196,21 @@ class Forward {
   }
 
  private:
+  // As many as fit the cache, but enough tiles of a small batch for several threads.
+  static int64_t tile_positions(const ConvGeometry& g) {
+    const int64_t fitting = kTileBytes / static_cast<int64_t>(sizeof(T)) / (g.taps() * g.in_channels);
+    const int64_t fair = g.batch * g.positions() / 4;
+    return std::clamp(std::min(fitting, fair) / Linear::kRows * Linear::kRows, Linear::kRows, kMaxTilePositions);
+  }
+
   int64_t group_columns() const { return g_.taps() * g_.group_in_channels(); }
 
-  // Fills columns [groups, kTilePositions, K * C_in/groups].
+  // Fills columns [groups, tile_positions, K * C_in/groups].
   void sample(const Rows<T>& rows, const Sample<T>* samples, int64_t count, T* columns) const {
     for (int64_t i = 0; i < count; ++i) {
       for (const ChannelBlock& block : blocks_) {
         const Sample<T>* taps = samples + (i * g_.offset_groups + block.offset_group) * g_.taps();
-        T* out = columns + (block.group * kTilePositions + i) * group_columns() + block.begin % g_.group_in_channels();
+        T* out = columns + (block.group * tile_positions_ + i) * group_columns() + block.begin % g_.group_in_channels();
         for (int64_t tap = 0; tap < g_.taps(); ++tap, out += g_.group_in_channels()) {
           T weight[4];
           taps[tap].cell.weights(taps[tap].mask, weight);
@@ -215,7 +223,7 @@ class Forward {
 
   void multiply(const Tensor& columns, const Tensor& output) const {
     for (int64_t group = 0; group < g_.groups; ++group) {
-      const Tensor tile = slice(columns, 0, group * kTilePositions, output.size(0));
+      const Tensor tile = slice(columns, 0, group * tile_positions_, output.size(0));
       Tensor target = slice(output, 1, group * g_.group_out_channels(), g_.group_out_channels());
       torch::stable::copy_(target, linears_[group](tile));
     }
@@ -224,6 +232,7 @@ class Forward {
   const ConvGeometry& g_;
   const Sampling<T>& sampling_;
   ScalarType type_;
+  int64_t tile_positions_;
   std::vector<ChannelBlock> blocks_;
   std::vector<Linear> linears_;  // of each group: [C_out/groups, K * C_in/groups]
   std::vector<T> outside_;       // [C_in], zeros
@@ -345,12 +354,11 @@ class Backward {
                                ? linears_[index](grad_output)
                                : empty_matrix(grad_output, grad_output.scalar_type(), count, g_.taps() * block.size());
     T* column = static_cast<T*>(columns.data_ptr());
-    Partial* partial = partials_.data() + (index * kChunkPositions + first) * g_.taps();
-    for (int64_t i = first; i < first + count; ++i) {
-      const Sample<T>* samples = samples_.data() + (i * g_.offset_groups + block.offset_group) * g_.taps();
-      for (int64_t tap = 0; tap < g_.taps(); ++tap, column += block.size(), ++partial) {
-        run_sample(samples[tap], block, rows, grad_rows, column, partial);
-      }
+    // A loop over a constant number of channels has no ends to look after.
+    if (block.size() == kBlockChannels) {
+      run_samples(std::integral_constant<int64_t, kBlockChannels>(), index, first, count, rows, grad_rows, column);
+    } else {
+      run_samples(block.size(), index, first, count, rows, grad_rows, column);
     }
     if (needs_weight_) add_grad_weight(grad_output, columns, grad_weights_[index]);
   }
@@ -365,22 +373,36 @@ class Backward {
     }
   }
 
+  template <typename Channels>
+  void run_samples(Channels channels, int64_t index, int64_t first, int64_t count, const Rows<T>& rows,
+                   const Rows<T>& grad_rows, T* column) {
+    const ChannelBlock& block = blocks_[index];
+    Partial* partial = partials_.data() + (index * kChunkPositions + first) * g_.taps();
+    for (int64_t i = first; i < first + count; ++i) {
+      const Sample<T>* samples = samples_.data() + (i * g_.offset_groups + block.offset_group) * g_.taps();
+      for (int64_t tap = 0; tap < g_.taps(); ++tap, column += channels, ++partial) {
+        run_sample(channels, samples[tap], block.begin, rows, grad_rows, column, partial);
+      }
+    }
+  }
+
   // Uses the gradient of a column, then puts the column itself in its place.
-  void run_sample(const Sample<T>& sample, const ChannelBlock& block, const Rows<T>& rows, const Rows<T>& grad_rows,
-                  T* column, Partial* partial) const {
+  template <typename Channels>
+  void run_sample(Channels channels, const Sample<T>& sample, int64_t first_channel, const Rows<T>& rows,
+                  const Rows<T>& grad_rows, T* column, Partial* partial) const {
     const BilinearCell<T>& cell = sample.cell;
-    const Corners<T> corners(cell, rows, block.begin, outside_.data());
+    const Corners<T> corners(cell, rows, first_channel, outside_.data());
     T weight[4];
     if (needs_sampling_) {
       T dot[4];
-      dot_corners(corners, column, block.size(), dot);
+      dot_corners(corners, column, channels, dot);
       cell.weights(1, weight);
       *partial = {sample.mask * cell.derivative_y(dot), sample.mask * cell.derivative_x(dot),
                   weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3]};
     }
     cell.weights(sample.mask, weight);
-    if (needs_input_) scatter_channels(cell, weight, column, block.size(), grad_rows, block.begin);
-    if (needs_weight_) sample_channels(corners, weight, block.size(), column);
+    if (needs_input_) scatter_channels(cell, weight, column, channels, grad_rows, first_channel);
+    if (needs_weight_) sample_channels(corners, weight, channels, column);
   }
 
   void add_partials(int64_t chunk_position, int64_t position, T* grad_offset, T* grad_mask) const {
