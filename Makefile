@@ -26,6 +26,20 @@ bench: $(VENV)/core.stamp
 	$(PIP) install -r requirements/bench.txt
 	$(BIN)/python benchmarks/run.py deform_conv2d --cases all
 
+# The operator's tests on a core that checks every address and every undefined operation.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/core.stamp
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mmdcn $(SANITIZED) && rm -f $(SANITIZED)/mmdcn/*.so
+	torch=$$($(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)'); \
+	$(CXX) -std=c++20 -shared -fPIC -O1 -g -fopenmp-simd -fvisibility=hidden -D_GLIBCXX_ASSERTIONS \
+	  -fsanitize=address,undefined -fno-sanitize-recover=undefined -DTORCH_TARGET_VERSION=0x020a000000000000 \
+	  -isystem "$$torch/include" csrc/ops/*.cpp csrc/cpu/*.cpp -L"$$torch/lib" -ltorch_cpu \
+	  -o $(SANITIZED)/mmdcn/_C.abi3.so
+	for set in avx2 avx512; do cp $(SANITIZED)/mmdcn/_C.abi3.so $(SANITIZED)/mmdcn/_C_$$set.abi3.so; done
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(abspath $(SANITIZED))" \
+	$(BIN)/pytest -p no:cacheprovider $(addprefix tests/test_deform_conv2d,.py _errors.py _derivatives.py _fuzz.py)
+
 setup: $(VENV)/core.stamp
 
 # mmcv is compiled here, which its own build must be told to do; pip keeps the wheel for the next time.

@@ -170,7 +170,12 @@ class Forward {
  public:
   Forward(const ConvGeometry& g, const Sampling<T>& sampling, const Tensor& weight, const std::optional<Tensor>& bias,
           ScalarType type)
-      : g_(g), sampling_(sampling), type_(type), blocks_(channel_blocks(g, g.in_channels)), outside_(g.in_channels, 0) {
+      : g_(g),
+        sampling_(sampling),
+        type_(type),
+        tile_positions_(tile_positions(g)),
+        blocks_(channel_blocks(g, g.in_channels)),
+        outside_(g.in_channels, 0) {
     const Tensor rows = torch::stable::reshape(tap_major(g, weight, type), {g.out_channels, group_columns()});
     for (int64_t first = 0; first < g.out_channels; first += g.group_out_channels()) {
       linears_.emplace_back(
