@@ -17,8 +17,9 @@ def network() -> nn.Sequential:
 
 
 def test_a_new_layer_looks_at_the_regular_grid_around_a_place() -> None:
-    with SamplingRecorder(network()) as recorder:
-        recorder._model(torch.zeros(1, 3, 32, 24))
+    model = network()
+    with SamplingRecorder(model) as recorder:
+        model(torch.zeros(1, 3, 32, 24))
     places, weights = recorder.points('1', y=13.0, x=8.0, depth=1)
     # The nearest position to (13, 8) is (3, 2), on pixel (12, 8); its taps step over the pixels of the layer before.
     expected = [[y, x] for y in (10, 12, 14) for x in (6, 8, 10)]
@@ -39,8 +40,9 @@ def test_offsets_move_the_places_and_masks_weigh_them() -> None:
 
 
 def test_the_taps_are_followed_through_the_layers_before() -> None:
-    with SamplingRecorder(network()) as recorder:
-        recorder._model(torch.zeros(1, 3, 32, 24))
+    model = network()
+    with SamplingRecorder(model) as recorder:
+        model(torch.zeros(1, 3, 32, 24))
     places, weights = recorder.points('1', y=12.0, x=8.0, depth=2)
     assert places.shape == (81, 2)
     assert {tuple(place) for place in places.tolist()} == {(y, x) for y in range(9, 16) for x in range(5, 12)}
