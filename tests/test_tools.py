@@ -172,15 +172,20 @@ def test_a_mistake_is_named_in_one_line_and_leaves_no_checkpoint(
     ('arguments', 'words'),
     [
         (('train.py', 'configs/none.py'), ['config configs/none.py does not exist']),
+        pytest.param(
+            ('train.py', CONFIG, '--amp'),
+            ['--amp needs a GPU'],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
+        ),
         (('test.py', CONFIG, 'none.pth'), ['checkpoint none.pth does not exist', 'tools/train.py']),
         (
             ('train.py', 'configs/dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py'),
             ['data/coco/annotations/instances_train2017.json does not exist', 'mim download mmdet'],
         ),
     ],
-    ids=['config', 'checkpoint', 'coco'],
+    ids=['config', 'no GPU', 'checkpoint', 'coco'],
 )
-def test_a_missing_file_is_named_with_what_to_do(arguments: tuple, words: list[str], tmp_path: Path) -> None:
+def test_what_is_missing_is_named_with_what_to_do(arguments: tuple, words: list[str], tmp_path: Path) -> None:
     result = run(*arguments, '--work-dir', tmp_path)
     message = result.stderr.splitlines()[-1]
     assert result.returncode == 1

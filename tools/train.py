@@ -5,6 +5,7 @@ import argparse
 import sys
 
 from mmengine.config import Config
+from mmengine.device import get_device
 
 from mmdcn.engine.launch import (
     LaunchError,
@@ -38,6 +39,8 @@ def parse_args() -> argparse.Namespace:
 
 def apply_arguments(cfg: Config, args: argparse.Namespace) -> None:
     if args.amp:
+        if get_device() == 'cpu':
+            raise LaunchError('--amp needs a GPU: MMEngine has mixed precision for nothing else. Train without it')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if args.auto_scale_lr:
