@@ -17,12 +17,14 @@ demo: $(WORK_DIR)/demo.png
 	@echo "Detections and sampling points: $(WORK_DIR)/demo.png"
 
 test: $(VENV)/core.stamp
+	@echo "== Testing, about 4 minutes on 2 cores =="
 	$(BIN)/pytest
 
 lint: $(VENV)/core.stamp
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
 bench: $(VENV)/core.stamp
+	@echo "== Measuring every shape and peer, about 15 minutes on 2 cores: leave the machine alone meanwhile =="
 	$(PIP) install -r requirements/bench.txt
 	$(BIN)/python benchmarks/run.py deform_conv2d --cases all
 
