@@ -27,7 +27,7 @@ train_dataloader = dict(
     batch_sampler=dict(type='AspectRatioBatchSampler'),
     dataset=dict(
         type='RepeatDataset',
-        times=4,
+        times=12,
         dataset=dict(
             type=dataset_type,
             data_root=data_root,
