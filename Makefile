@@ -24,7 +24,7 @@ lint: $(VENV)/core.stamp
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
 bench: $(VENV)/core.stamp
-	@echo "== Measuring every shape and peer, about 15 minutes on 2 cores: leave the machine alone meanwhile =="
+	@echo "== Measuring every shape and peer: leave the machine alone meanwhile =="
 	$(PIP) install -r requirements/bench.txt
 	$(BIN)/python benchmarks/run.py deform_conv2d --cases all
 

@@ -22,8 +22,6 @@ _CONVERTERS = {
     'neon_trees': 'python tools/dataset_converters/neon_trees.py',
     'coco': 'mim download mmdet --dataset coco2017',
 }
-
-
 _ROOTS = [registry for registry in vars(root).values() if isinstance(registry, Registry)]
 
 
@@ -174,5 +172,5 @@ def _describe(place: str, name: str) -> str:
     registries = [registry for top in _ROOTS for registry in (top, *top.children.values())]
     known = {key for registry in registries for key in registry.module_dict}
     close = difflib.get_close_matches(name.split('.')[-1], known, n=3)
-    hint = f'; did you mean {" or ".join(map(repr, close))}?' if close else ''
+    hint = f' (did you mean {" or ".join(map(repr, close))}?)' if close else ''
     return f'{place}: {name!r} is not registered{hint}'
