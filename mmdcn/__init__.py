@@ -2,10 +2,29 @@
 """Deformable convolution for MMDetection.
 
 `mmdcn.ops` and `mmdcn.reference` need torch alone. Whatever speaks OpenMMLab is imported when it is first used:
-by name (`mmdcn.modules`), or by a config that says `type='mmdcn.DCNv2'`.
+by name (`mmdcn.modules`, `mmdcn.patch_mmdet`), or by a config that says `type='mmdcn.DCNv2'`.
 """
+
+from importlib import import_module
+from typing import Any
 
 from mmdcn import ops, reference
 from mmdcn.version import __version__
 
-__all__ = ['__version__', 'ops', 'reference']
+_LAZY = {
+    'DCNOptimWrapperConstructor': 'mmdcn.engine',
+    'ResNet': 'mmdcn.models',
+    'convert_model': 'mmdcn.patching',
+    'fuse_conv_bn': 'mmdcn.models',
+    'layouts': 'mmdcn.checkpoints',
+    'patch_mmdet': 'mmdcn.patching',
+    'unpatch_mmdet': 'mmdcn.patching',
+}
+
+__all__ = ['__version__', 'ops', 'reference', *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(_LAZY[name]), name)
