@@ -5,12 +5,14 @@ Each layer is an instance of mmcv's class of the same name, because the ecosyste
 `dcn_offset_lr_mult` does, for one.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mmcv.ops
 import torch
 from torch import Tensor, nn
 
+from mmdcn.checkpoints.version1_keys import report_lost_offsets
 from mmdcn.ops import deform_conv2d
 from mmdcn.registry import MODELS
 
@@ -25,10 +27,42 @@ def _init_like_conv(weight: Tensor, bias: Tensor | None, conv_offset: nn.Conv2d 
             nn.init.zeros_(parameter)
 
 
+def _check_groups(layer: 'DeformConv2d | ModulatedDeformConv2d', offset: Tensor) -> None:
+    channels = 2 * layer.deform_groups * layer.kernel_size[0] * layer.kernel_size[1]
+    if offset.dim() == 4 and offset.shape[1] != channels:  # the operator tells of another rank
+        raise ValueError(
+            f'offset must have 2*G*K = {channels} channels, as the layer has deform_groups G = {layer.deform_groups}, '
+            f'got shape {list(offset.shape)}'
+        )
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Give a context without autocast; torch has none for a device that knows no autocast, such as meta."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def _predict(conv_offset: nn.Conv2d, x: Tensor) -> Tensor:
     """Predict offsets outside autocast: a place in a wide image has more digits than half precision."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return conv_offset(x.to(conv_offset.weight.dtype))
+
+
+def _load_from_state_dict(
+    self: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: dict,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load a packed layer; mmcv's own method announces each layer of each checkpoint, and loses the old keys."""
+    report_lost_offsets(state_dict, prefix, unexpected_keys)
+    nn.Module._load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    )
 
 
 @MODELS.register_module()
@@ -56,6 +90,7 @@ class DeformConv2d(mmcv.ops.DeformConv2d):
         offset: Tensor,  # [B, 2*G*K, H_out, W_out]
     ) -> Tensor:  # [B, C_out, H_out, W_out]
         """Apply `mmdcn.ops.deform_conv2d` with the layer's weight."""
+        _check_groups(self, offset)
         return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
     def __repr__(self) -> str:
@@ -75,10 +110,14 @@ class DeformConv2dPack(DeformConv2d, mmcv.ops.DeformConv2dPack):
         x: Tensor,  # [B, C_in, H, W]
     ) -> Tensor:  # [B, C_out, H_out, W_out]
         """Predict the offsets, and convolve with them."""
-        return super().forward(x, _predict(self.conv_offset, x))
+        return self._conv_forward(x, self.weight, self.bias)
 
-    # mmcv's own announces each layer of each checkpoint that it loads.
-    _load_from_state_dict = nn.Module._load_from_state_dict
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve with another weight and bias: mmcv's ConvModule folds a normalization into them."""
+        offset = _predict(self.conv_offset, x)
+        return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation)
+
+    _load_from_state_dict = _load_from_state_dict
 
 
 @MODELS.register_module()
@@ -99,6 +138,7 @@ class ModulatedDeformConv2d(mmcv.ops.ModulatedDeformConv2d):
         mask: Tensor,  # [B, G*K, H_out, W_out]
     ) -> Tensor:  # [B, C_out, H_out, W_out]
         """Apply `mmdcn.ops.deform_conv2d` with the layer's weight."""
+        _check_groups(self, offset)
         return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
 
@@ -116,9 +156,12 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d, mmcv.ops.ModulatedDeformC
         x: Tensor,  # [B, C_in, H, W]
     ) -> Tensor:  # [B, C_out, H_out, W_out]
         """Predict the offsets and masks, and convolve with them."""
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve with another weight and bias: mmcv's ConvModule folds a normalization into them."""
         taps = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
         offset, mask = _predict(self.conv_offset, x).split((2 * taps, taps), dim=1)
-        return super().forward(x, offset, mask.sigmoid())
+        return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation, mask.sigmoid())
 
-    # mmcv's own announces each layer of each checkpoint that it loads.
-    _load_from_state_dict = nn.Module._load_from_state_dict
+    _load_from_state_dict = _load_from_state_dict

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a checkpoint of another implementation of deformable convolution into one for mmdcn's layers."""
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mmdcn.checkpoints import SOURCES, Conversion, Source, check_target, convert_state_dict
+from mmdcn.engine.launch import LaunchError, explained, run
+
+# detectron2's tensors may be numpy's. These make arrays of numbers and nothing else, under numpy 1's name as well.
+RECONSTRUCT = np.zeros(0).__reduce__()[0]
+NUMPY = [
+    RECONSTRUCT,
+    (RECONSTRUCT, 'numpy.core.multiarray._reconstruct'),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'},
+]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('source', choices=[*SOURCES, 'torchvision'], help='where the checkpoint comes from')
+    parser.add_argument('checkpoint', type=Path, help='the checkpoint file')
+    parser.add_argument('out', type=Path, help='the file to write')
+    parser.add_argument(
+        '--config', help='the config of the model that will load it: checks that the model has a place for each weight'
+    )
+    parser.add_argument(
+        '--names',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='for torchvision: what the model calls its DeformConv2d, the convolution that predicts the offsets, '
+        'and the one that predicts the masks if it is another',
+    )
+    args = parser.parse_args()
+    if len(args.names) not in ((2, 3) if args.source == 'torchvision' else (0,)):
+        parser.error('torchvision needs --names with two or three names, the other sources have their own')
+    return args
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Load the weights and the meta data of a checkpoint, and unpickle nothing else."""
+    if path.suffix == '.pkl':
+        raise LaunchError(
+            f'{path} is a pickle, which can run any code when it is loaded. If you trust it, make weights of it: '
+            f"torch.save(pickle.load(open('{path}', 'rb'), encoding='latin1'), '{path.with_suffix('.pth')}')"
+        )
+    try:
+        with torch.serialization.safe_globals(NUMPY):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        other = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
+        reason = f"holds {other[1]} beside its weights; save its 'state_dict' alone" if other else 'is not whole'
+        raise LaunchError(f'{path} is no file of weights, or {reason}') from error
+    weights = next((checkpoint[key] for key in ('state_dict', 'model') if key in checkpoint), checkpoint)
+    tensors = {
+        key.removeprefix('module.'): torch.as_tensor(value)
+        for key, value in weights.items()
+        if isinstance(value, Tensor | np.ndarray)
+    }
+    if not tensors:
+        raise LaunchError(f'{path} has no weights: neither at its top nor in state_dict or model')
+    return tensors, checkpoint.get('meta', {})
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write the whole file, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        torch.save(checkpoint, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def build_model(config: str) -> nn.Module:
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    with explained(cfg):
+        return MODELS.build(cfg.model)
+
+
+def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table(*columns, box=box.MARKDOWN)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=160).print(table)
+
+
+def print_changes(conversion: Conversion) -> None:
+    """Print what became of the keys; those that differ in nothing but numbers share a row."""
+    rows: dict[tuple[str, str], list[Tensor]] = {}
+    for name, keys in conversion.origins.items():
+        if keys != (name,):
+            before, after = (re.sub(r'\d+', '#', text) for text in (' + '.join(keys) or 'zeros', name))
+            rows.setdefault((before, after), []).append(conversion.state_dict[name])
+    print_table(
+        ('key before', 'key after', 'keys', 'shape of the first'),
+        [(*names, str(len(tensors)), str([*tensors[0].shape])) for names, tensors in rows.items()],
+    )
+    unchanged = sum(keys == (name,) for name, keys in conversion.origins.items())
+    print(f'{unchanged} other keys keep their names')
+
+
+def print_keys(title: str, keys: Iterable[str]) -> None:
+    """Print how many keys there are of each kind, if there are any."""
+    kinds = Counter(re.sub(r'\d+', '#', key) for key in sorted(keys))
+    if kinds:
+        print_table((title, 'keys'), [(kind, str(count)) for kind, count in kinds.items()])
+
+
+def main() -> None:
+    args = parse_args()
+    source = Source.torchvision(*args.names) if args.names else SOURCES[args.source]
+    weights, meta = load(args.checkpoint)
+    try:
+        conversion = convert_state_dict(weights, source)
+        if args.config:
+            model = build_model(args.config)
+            # A backbone's own weights are for its init_cfg.
+            if not any(key.startswith('backbone.') for key in conversion.state_dict):
+                model = model.backbone
+            check_target(conversion.state_dict, model, source)
+    except ValueError as error:
+        raise LaunchError(f'{args.checkpoint}: {error}') from error
+    print_changes(conversion)
+    print_keys('left out', weights.keys() - {key for keys in conversion.origins.values() for key in keys})
+    if args.config:
+        places = model.state_dict().keys()
+        print_keys('no place in the model', conversion.state_dict.keys() - places)
+        missing = places - conversion.state_dict.keys()
+        print_keys('missing for the model', (key for key in missing if not key.endswith('.num_batches_tracked')))
+    else:
+        print('without --config, nothing was compared with a model: neither shapes, nor paddings, nor dilations')
+    save(dict(meta=meta, state_dict=conversion.state_dict), args.out)
+    print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))
