@@ -3,8 +3,9 @@
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
-from mmengine.registry import Registry
+from mmengine.registry import Registry, root
 
 MODELS = Registry(
     'model',
@@ -14,3 +15,14 @@ MODELS = Registry(
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmdcn', locations=['mmdcn.engine'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmdcn', locations=['mmdcn.datasets'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmdcn',
+    locations=['mmdcn.engine'],
+)
+
+# mmengine warns where it does not find the scope of a config that says `_base_ = 'mmdcn::…'`.
+for _parent in vars(root).values():
+    if isinstance(_parent, Registry) and 'mmdcn' not in _parent.children:
+        Registry(_parent.name, parent=_parent, scope='mmdcn', locations=['mmdcn.registry'])

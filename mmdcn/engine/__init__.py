@@ -2,5 +2,6 @@
 """What a run needs around a detector."""
 
 from mmdcn.engine.epoch_seed_hook import EpochSeedHook
+from mmdcn.engine.optim_wrapper_constructor import DCNOptimWrapperConstructor
 
-__all__ = ['EpochSeedHook']
+__all__ = ['DCNOptimWrapperConstructor', 'EpochSeedHook']

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a detector needs around the operators."""
 
-from mmdcn.models.resnet import ResNet
+from mmdcn.models.fuse_conv_bn import fuse_conv_bn
+from mmdcn.models.resnet import ResNet, ResNetV1d
 
-__all__ = ['ResNet']
+__all__ = ['ResNet', 'ResNetV1d', 'fuse_conv_bn']

@@ -1,32 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ResNet with deformable convolutions at any depth."""
+"""ResNet with deformable convolutions in any block, at any depth."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from mmcv.cnn import build_conv_layer
 from mmdet.models.backbones import resnet
+from torch import nn
 
+from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.registry import MODELS
-
-
-class BasicBlock(resnet.BasicBlock):
-    """mmdet's BasicBlock, whose second 3x3 convolution, the one without a stride, may be deformable."""
-
-    def __init__(self, inplanes: int, planes: int, *args: Any, dcn: dict | None = None, **kwargs: Any) -> None:
-        super().__init__(inplanes, planes, *args, **kwargs)
-        if dcn is not None:
-            layer = {key: value for key, value in dcn.items() if key != 'fallback_on_stride'}
-            self.conv2 = build_conv_layer(layer, planes, planes, kernel_size=3, padding=1, bias=False)
 
 
 @MODELS.register_module()
 class ResNet(resnet.ResNet):
-    """mmdet's ResNet, which takes `dcn` and `stage_with_dcn` at depths 18 and 34 too.
+    """mmdet's ResNet, in which the 3x3 convolution of any block may be deformable, at depths 18 and 34 too.
 
-    The arguments and the parameters' names are those of `mmdet.ResNet`.
+    In a block with two 3x3 convolutions that is the second one, `conv2`, which has no stride. The arguments and the
+    parameters' names are those of `mmdet.ResNet`; what `dcn` and `stage_with_dcn` mean is said here in full.
+
+    Args:
+        dcn: The deformable layer's config, such as `dict(type='mmdcn.DCNv2', deform_groups=1)`. It is left as it is.
+            With `fallback_on_stride=True` in it, the 3x3 convolutions that have a stride stay plain: those of the
+            first block of a stage, in the `pytorch` style of the depths 50, 101 and 152.
+        stage_with_dcn: One entry for each stage: a bool for all of its blocks, or one bool for each of them.
+
+    Raises:
+        ValueError: If `conv_cfg` is given beside `dcn`, or an entry of `stage_with_dcn` has not one bool per block.
+
+    Example:
+        `ResNet(18, dcn=dict(type='mmdcn.DCN'), stage_with_dcn=(False, False, (False, True), True))` has a deformable
+        layer in the second block of the third stage and in both of the fourth.
     """
 
-    arch_settings: ClassVar[dict] = {
-        depth: (BasicBlock if block is resnet.BasicBlock else block, stage_blocks)
-        for depth, (block, stage_blocks) in resnet.ResNet.arch_settings.items()
-    }
+    def make_res_layer(self, *, dcn: dict | None = None, **kwargs: Any) -> nn.Sequential:
+        """Make a stage of plain blocks, then put deformable layers where they are wanted."""
+        stage = super().make_res_layer(**kwargs)
+        if dcn is None:
+            return stage
+        if kwargs['conv_cfg'] is not None:
+            raise ValueError(
+                f'conv_cfg must be None where dcn is given, got conv_cfg={kwargs["conv_cfg"]}; remove one of them'
+            )
+        index = len(self.res_layers)  # of this stage: those before it are there
+        wanted = self.stage_with_dcn[index]
+        if isinstance(wanted, int):
+            wanted = [wanted] * len(stage)
+        if len(wanted) != len(stage):
+            raise ValueError(
+                f'stage_with_dcn[{index}] must be one bool, or one for each of the {len(stage)} blocks of the stage, '
+                f'got {wanted}'
+            )
+        layer = {key: value for key, value in dcn.items() if key != 'fallback_on_stride'}
+        for block, deformable in zip(stage, wanted, strict=True):
+            strided = max(block.conv2.stride) > 1
+            if deformable and not (strided and dcn.get('fallback_on_stride', False)):
+                block.conv2 = _build_like(block.conv2, layer)
+        accept_version1_keys(stage)
+        return stage
+
+
+@MODELS.register_module()
+class ResNetV1d(ResNet, resnet.ResNetV1d):
+    """`ResNet` with mmdet's deep stem and average pooling before the downsampling convolutions."""
+
+
+def _build_like(conv: nn.Conv2d, cfg: dict) -> nn.Module:
+    return build_conv_layer(
+        cfg,
+        conv.in_channels,
+        conv.out_channels,
+        kernel_size=conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        bias=False,
+    )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A learning rate of their own for all layers that predict offsets."""
+
+import logging
+import re
+
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from torch import nn
+
+from mmdcn.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+_PREDICTS_OFFSETS = re.compile(
+    r'(^|\.)((spatial_)?conv_offset|offset(_[sl])?|(tl|br)_dcn_offset|reg_offset_module)(\.|$)'
+)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class DCNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's constructor, whose `dcn_offset_lr_mult` reaches every layer that predicts offsets, and only those.
+
+    mmengine's own sees those inside of mmcv's deformable layers and their subclasses, mmdcn's among them. Heads and
+    necks keep theirs beside the layer. The rule is: a layer that serves nothing but the offsets (and masks) of a
+    deformable convolution is one. By the name of the module, these are:
+
+    | name | in |
+    |---|---|
+    | `conv_offset` | packed layers, whatever their class; FoveaBox's FeatureAlign; guided anchoring's FeatureAdaption |
+    | `spatial_conv_offset` | DyHead |
+    | `offset` | GLIP's DyConv |
+    | `offset_s`, `offset_l` | the switchable atrous convolution of DetectoRS |
+    | `tl_dcn_offset`, `br_dcn_offset` | CentripetalNet |
+    | `reg_offset_module` | TOOD, both of its convolutions |
+
+    Not so the layers whose output is a prediction with a loss of its own as well (the points of RepPoints, the boxes
+    of VFNet), and the fully connected ones of deformable RoI pooling. `custom_keys` goes before all of this, as ever.
+
+    Args:
+        optim_wrapper_cfg: As of `mmengine.optim.DefaultOptimWrapperConstructor`.
+        paramwise_cfg: Likewise. `dcn_offset_lr_mult` is a factor on the learning rate, 0 or more. As for mmengine's,
+            the rules for biases do not apply to the layers that it reaches. If it reaches none, a warning says so.
+
+    Example:
+        `optim_wrapper = dict(constructor='mmdcn.DCNOptimWrapperConstructor',
+        paramwise_cfg=dict(dcn_offset_lr_mult=0.1), ...)`
+    """
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer wrapper of a model."""
+        self._reached = False
+        wrapper = super().__call__(model)
+        if 'dcn_offset_lr_mult' in self.paramwise_cfg and not self._reached:
+            print_log(
+                'dcn_offset_lr_mult has no effect: the model has no trainable layer that predicts offsets',
+                logger='current',
+                level=logging.WARNING,
+            )
+        return wrapper
+
+    def add_params(
+        self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
+    ) -> None:
+        """Add the parameters of a module and of its children, as mmengine's method of this name does."""
+        if not _PREDICTS_OFFSETS.search(prefix):
+            super().add_params(params, module, prefix, is_dcn_module)
+            return
+        start = len(params)
+        super().add_params(params, module, prefix, is_dcn_module=True)
+        factor = self.paramwise_cfg.get('dcn_offset_lr_mult')
+        if factor is not None:
+            for group in params[start:]:
+                group.setdefault('lr', self.base_lr * factor)  # set already: by custom_keys
+                self._reached = True

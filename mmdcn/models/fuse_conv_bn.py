@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch normalization folded into the convolutions before it, plain and deformable, for inference."""
+
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from inspect import Parameter, signature
+from typing import Any
+
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
+from mmcv.cnn.bricks.wrappers import Conv2d
+from mmdet.models.dense_heads.tood_head import TaskDecomposition
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from mmdcn import modules
+
+# What these give is linear in the weight and the bias. That is not so for every subclass: mmcv's ConvWS2d, for one.
+_CONVS = {
+    nn.Conv2d,
+    Conv2d,
+    Conv2dAdaptivePadding,
+    modules.DeformConv2d,
+    modules.DeformConv2dPack,
+    modules.ModulatedDeformConv2d,
+    modules.ModulatedDeformConv2dPack,
+}
+_NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+
+
+def fuse_conv_bn(model: nn.Module) -> nn.Module:
+    """Fold each batch normalization into the convolution that feeds it, plain or deformable.
+
+    The fused model computes what the model did in eval mode, but for rounding: a deformable convolution, too, is
+    linear in its weight and bias. It is not for training.
+
+    Which convolution feeds a normalization is not guessed from the order of their definition, as in mmcv's function
+    of this name: the forward of the module that holds them is traced (`torch.fx`, with its default arguments), and
+    they are fused if the convolution's output goes into the normalization and nowhere else, and each is called once.
+    A forward that cannot be traced, and a convolution whose weight is computed (weight standardization, spectral
+    norm), stay as they are; so does TOOD's `TaskDecomposition`, which takes the parts of a `ConvModule` out of it. A
+    convolution that has several normalizations, as in RTMDet, becomes one for each of them.
+
+    Args:
+        model: A detector, or any module. It is changed in place; `nn.Identity` takes the place of a normalization.
+
+    Returns:
+        The model.
+    """
+    for module in _holders_of_norms(model):
+        for conv_name, norm_name in _pairs(module):
+            fused = _fuse(module.get_submodule(conv_name), module.get_submodule(norm_name))
+            module.set_submodule(conv_name, fused)
+            module.set_submodule(norm_name, nn.Identity())
+    return model
+
+
+def _fuse(conv: Any, norm: Any) -> nn.Module:
+    fused = deepcopy(conv)  # another module may share the convolution
+    fused.weight, fused.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return fused
+
+
+class _Tracer(fx.Tracer):
+    """Follow the forward of one module alone; each module that it calls is one node."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if obj.node.args[1:] == ('requires_grad',):  # asked by blocks that can checkpoint; false in inference
+            return False
+        return super().to_bool(obj)
+
+
+def _holders_of_norms(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, TaskDecomposition):
+        return
+    if any(type(part).forward in _NORMS for part in _parts(module)):
+        yield module
+    for child in module.children():
+        yield from _holders_of_norms(child)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(child)
+        else:
+            yield child
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Give the names of each convolution whose output goes into a normalization alone, and of that."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in signature(module.forward).parameters.items()
+        if parameter.default is not Parameter.empty
+    }
+    try:
+        nodes = list(_Tracer().trace(module, concrete_args=defaults).nodes)
+    except Exception:  # a forward can fail in any way when its input is not a tensor
+        return
+    uses = Counter(node.target for node in nodes if node.op == 'call_module')
+    uses.update(str(node.target).rpartition('.')[0] for node in nodes if node.op == 'get_attr')
+    names = Counter(part for _, part in module.named_modules(remove_duplicate=False))
+    parts = {node: module.get_submodule(str(node.target)) for node in nodes if node.op == 'call_module'}
+    once = {node: part for node, part in parts.items() if uses[node.target] == names[part] == 1}
+    for source, conv in once.items():
+        user, *others = source.users
+        if not others and user in once and _can_fuse(conv, once[user]):
+            yield str(source.target), str(user.target)
+
+
+def _can_fuse(conv: nn.Module, norm: nn.Module) -> bool:
+    return (
+        type(conv) in _CONVS
+        and isinstance(conv.weight, nn.Parameter)  # else a hook computes it
+        and type(norm).forward in _NORMS
+        and norm.running_mean is not None
+    )
