@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the compiled core; everything else about the package is in pyproject.toml.
+"""Builds the compiled core, and packs what MIM looks for; everything else about the package is in pyproject.toml.
 
 The core uses torch's stable ABI and no Python at all, so that one build serves every torch from 2.10 on and every
 Python from 3.10 on. The CPU library is built once per instruction set; `mmdcn._extension` loads the widest that
@@ -10,8 +10,11 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
 TORCH_TARGET_VERSION = '0x020a000000000000'  # 2.10
@@ -19,6 +22,7 @@ CUDA_ARCHITECTURES = (80, 90, 100, 120)  # and PTX of the last for those to come
 SOURCES = sorted(str(path) for folder in ('ops', 'cpu') for path in Path('csrc', folder).glob('*.cpp'))
 CUDA_SOURCES = sorted(str(path) for path in Path('csrc/cuda').glob('*.cu'))
 DEPENDS = sorted(str(path) for path in Path('csrc').rglob('*.*h'))
+MIM = ('configs', 'tools', 'model-index.yml')
 INSTRUCTION_SETS = {'_C': []}
 if platform.machine() in ('x86_64', 'AMD64'):
     INSTRUCTION_SETS['_C_avx2'] = ['-march=x86-64-v3']
@@ -107,11 +111,46 @@ class BuildCore(BuildExtension):
         return folder
 
 
+def copy_mim(target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    for name in MIM:
+        if Path(name).is_dir():
+            shutil.copytree(name, target / name, ignore=shutil.ignore_patterns('.*', '__pycache__'))
+        else:
+            shutil.copy(name, target)
+
+
+def link_mim(target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for name in MIM:
+        (target / name).symlink_to(Path('../..', name))
+
+
+class BuildPackage(build_py):
+    """Puts what MIM and mmengine's hub look for into mmdcn/.mim: links in a checkout, copies in a wheel."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            link_mim(Path('mmdcn/.mim'))
+        else:
+            copy_mim(Path(self.build_lib, 'mmdcn/.mim'))
+
+
+class BuildWheel(bdist_wheel):
+    """Puts the same into the metadata: onedl-mim 0.5.1 looks beside a distribution's first file, which pip sorts."""
+
+    def write_wheelfile(self, folder: str, *args: Any, **kwargs: Any) -> None:
+        super().write_wheelfile(folder, *args, **kwargs)
+        copy_mim(Path(folder, '.mim'))
+
+
 extensions = [cpu_extension(name, flags) for name, flags in INSTRUCTION_SETS.items()]
 if shutil.which('nvcc') and CUDA_SOURCES:
     extensions.append(cuda_extension())
 setup(
     ext_modules=extensions,
-    cmdclass={'build_ext': BuildCore},
+    cmdclass={'bdist_wheel': BuildWheel, 'build_ext': BuildCore, 'build_py': BuildPackage},
     options={'bdist_wheel': {'py_limited_api': 'cp310'}},
 )

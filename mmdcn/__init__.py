@@ -5,6 +5,7 @@
 by name (`mmdcn.modules`, `mmdcn.patch_mmdet`), or by a config that says `type='mmdcn.DCNv2'`.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -22,6 +23,13 @@ _LAZY = {
 }
 
 __all__ = ['__version__', 'ops', 'reference', *sorted(_LAZY)]
+
+with suppress(ImportError):  # mmengine is optional
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    # Lets mmengine find `mmdcn::…`. It takes the folder of what is named here; that of the package `mmdcn` itself
+    # mmengine 0.10.7 gets wrong for an editable install.
+    MODULE2PACKAGE['mmdcn'] = 'mmdcn.version'
 
 
 def __getattr__(name: str) -> Any:

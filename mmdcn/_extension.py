@@ -1,43 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the compiled core: the CPU library for this processor, and the CUDA library for a CUDA build of torch."""
 
-import os
-import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
 
 _CPU_LIBRARIES = {'AVX512': '_C_avx512', 'AVX2': '_C_avx2'}
+_OLDEST_TORCH = '2.10'
+_OLDEST_CAPABILITY = (8, 0)  # the first of CUDA_ARCHITECTURES in setup.py
+_BUILD = 'Build it with `pip install --no-build-isolation .` in a checkout of mmdcn'
+
+_cuda_error: ImportError | None = None
 
 
 def load() -> None:
     """Load the libraries that define `torch.ops.mmdcn`.
 
+    A CUDA library that is missing or does not load is no error here: the CPU works without it, and `check_device`
+    tells who asks for more.
+
     Raises:
-        ImportError: If the core was never built, or was built for another torch.
+        ImportError: If torch is too old, or the CPU library is missing or does not load.
     """
-    folder = Path(__file__).parent
+    global _cuda_error
+    if torch.__version__ < _OLDEST_TORCH:
+        raise ImportError(
+            f'mmdcn needs torch {_OLDEST_TORCH} or later, for its stable ABI, got torch {torch.__version__}. '
+            f"Upgrade it with `pip install 'torch>={_OLDEST_TORCH}'`"
+        )
     # torch knows what the processor has, and its ATEN_CPU_CAPABILITY turns it down.
-    name = _CPU_LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), '_C')
-    _load_library(folder / f'{name}.abi3.so')
-    cuda_library = folder / '_C_cuda.abi3.so'
-    if torch.version.cuda is None:
-        return
-    if cuda_library.exists():
-        _load_library(cuda_library)
-    else:
-        warnings.warn(
-            f'mmdcn was built without CUDA, but torch {torch.__version__} has it: mmdcn will run on the CPU alone. '
-            'To build the CUDA library, put nvcc on the PATH and install mmdcn again.',
-            stacklevel=2,
+    _load_library(_CPU_LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), '_C'))
+    if torch.version.cuda is not None:
+        try:
+            _load_library('_C_cuda')
+        except ImportError as error:
+            _cuda_error = error
+
+
+@cache
+def check_device(device: torch.device) -> None:
+    """Check, once for each CUDA device, that the core has kernels for it.
+
+    Raises:
+        RuntimeError: If the CUDA library was not loaded, or the device is older than all that it was compiled for.
+    """
+    if _cuda_error is not None:
+        raise RuntimeError(
+            f'mmdcn cannot run on {device}: {_cuda_error}, with nvcc on the PATH; or use the CPU'
+        ) from _cuda_error
+    _check_capability(device, torch.cuda.get_device_capability(device))
+
+
+def _check_capability(device: torch.device, capability: tuple[int, int]) -> None:
+    if capability < _OLDEST_CAPABILITY:
+        got, needed = ('.'.join(map(str, version)) for version in (capability, _OLDEST_CAPABILITY))
+        raise RuntimeError(
+            f'mmdcn cannot run on {device}: it has compute capability {got}, and mmdcn is compiled for {needed} '
+            '(Ampere) and later. Use a newer GPU, or the CPU'
         )
 
 
-def _load_library(path: Path) -> None:
+def _load_library(name: str) -> None:
+    path = Path(__file__).with_name(f'{name}.abi3.so')
+    if not path.exists():
+        raise ImportError(f'{path} is missing: mmdcn was not built, or was built without it. {_BUILD}')
     try:
-        torch.ops.load_library(os.fspath(path))
+        torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
-            f'mmdcn could not load its compiled core {path.name} into torch {torch.__version__}: {error}. '
-            'Build it with `pip install --no-build-isolation -e .` in a checkout of mmdcn.'
+            f'{path} does not load into torch {torch.__version__}: {error}. It may be of another system. {_BUILD}'
         ) from error

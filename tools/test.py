@@ -54,7 +54,7 @@ def use_tta(cfg: Config) -> None:
     if 'tta_pipeline' not in cfg:
         *loading, pack = deepcopy(dataset.pipeline)
         keys = (*pack.get('meta_keys', ()), 'flip', 'flip_direction')
-        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        flips = [dict(type='mmdet.RandomFlip', prob=1.0), dict(type='mmdet.RandomFlip', prob=0.0)]
         packs = [dict(pack, meta_keys=keys)]
         cfg.tta_pipeline = [*loading, dict(type='TestTimeAug', transforms=[flips, packs])]
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

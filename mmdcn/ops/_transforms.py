@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmdcn._extension import check_device
+
 
 def run(
     operator: Callable[..., Any],
@@ -27,6 +29,9 @@ def run(
     transformed = torch._C._are_functorch_transforms_active()
     if forward_ad._current_level >= 0 and (transformed or _has_tangent(arguments)):
         return reference(*arguments)
+    # A fake tensor may be on a device that is not there.
+    if not torch.compiler.is_compiling() and arguments[0].is_cuda and torch.cuda.is_initialized():
+        check_device(arguments[0].device)
     return (function.apply if transformed else operator)(*arguments)
 
 

@@ -1,21 +1,21 @@
 # Trees in aerial photographs, tiles of about 400 x 400 pixels: python tools/dataset_converters/neon_trees.py
-dataset_type = 'CocoDataset'
+dataset_type = 'mmdet.CocoDataset'
 data_root = 'data/neon_trees/'
 metainfo = dict(classes=('tree',))
 
 train_pipeline = [
     dict(type='mmdcn.LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale=(416, 416), keep_ratio=True),
-    dict(type='RandomFlip', prob=0.75, direction=['horizontal', 'vertical', 'diagonal']),
-    dict(type='PackDetInputs'),
+    dict(type='mmdet.LoadAnnotations', with_bbox=True),
+    dict(type='mmdet.Resize', scale=(416, 416), keep_ratio=True),
+    dict(type='mmdet.RandomFlip', prob=0.75, direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='mmdet.PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='mmdcn.LoadImageFromFile'),
-    dict(type='Resize', scale=(416, 416), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='mmdet.Resize', scale=(416, 416), keep_ratio=True),
+    dict(type='mmdet.LoadAnnotations', with_bbox=True),
     dict(
-        type='PackDetInputs',
+        type='mmdet.PackDetInputs',
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
     ),
 ]
@@ -24,7 +24,7 @@ train_dataloader = dict(
     batch_size=2,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    batch_sampler=dict(type='AspectRatioBatchSampler'),
+    batch_sampler=dict(type='mmdet.AspectRatioBatchSampler'),
     dataset=dict(
         type='RepeatDataset',
         times=12,
@@ -55,5 +55,5 @@ test_dataloader = dict(
 )
 val_dataloader = test_dataloader
 
-test_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/test.json', metric='bbox')
+test_evaluator = dict(type='mmdet.CocoMetric', ann_file=data_root + 'annotations/test.json', metric='bbox')
 val_evaluator = test_evaluator

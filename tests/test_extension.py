@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mmdcn says when its compiled core is not as it should be."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mmdcn
+from mmdcn._extension import _check_capability
+
+PACKAGE = Path(mmdcn.__file__).parent
+BUILD = 'pip install --no-build-isolation .'
+# Stands for a CUDA build of torch: it makes mmdcn look for its CUDA library.
+CLAIM_CUDA = 'import torch; torch.version.cuda = "13.0"; '
+USE = """
+import mmdcn, torch
+from mmdcn._extension import check_device
+print(mmdcn.ops.deform_conv2d(torch.ones(1, 1, 1, 1), torch.zeros(1, 2, 1, 1), torch.full((1, 1, 1, 1), 7.0)).item())
+check_device(torch.device('cuda', 1))
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """Copy the package without its libraries."""
+    ignore = shutil.ignore_patterns('*.so', '.mim', '__pycache__')
+    return Path(shutil.copytree(PACKAGE, tmp_path / 'mmdcn', ignore=ignore))
+
+
+def run(package: Path, code: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-c', code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=package.parent, check=False)
+
+
+def add_cpu_libraries(package: Path) -> None:
+    for library in PACKAGE.glob('_C*.so'):
+        if library.name != '_C_cuda.abi3.so':
+            (package / library.name).symlink_to(library)
+
+
+def test_a_core_that_was_never_built_is_named_with_the_way_to_build_it(package: Path) -> None:
+    result = run(package, 'import mmdcn')
+    assert result.returncode != 0
+    assert f'ImportError: {package}/_C' in result.stderr
+    assert 'is missing' in result.stderr
+    assert BUILD in result.stderr
+
+
+def test_a_core_that_does_not_load_is_named_with_the_reason_and_the_way_to_build_it(package: Path) -> None:
+    for name in ('_C', '_C_avx2', '_C_avx512'):
+        (package / f'{name}.abi3.so').write_text('not a library')
+    result = run(package, 'import mmdcn')
+    assert result.returncode != 0
+    assert f'does not load into torch {torch.__version__}: ' in result.stderr
+    assert 'file too short' in result.stderr or 'invalid ELF header' in result.stderr
+    assert BUILD in result.stderr
+
+
+def test_a_torch_that_is_too_old_is_named_with_the_way_to_upgrade_it(package: Path) -> None:
+    code = 'import torch; torch.__version__ = type(torch.__version__)("2.9.1"); import mmdcn'
+    result = run(package, code)
+    assert result.returncode != 0
+    assert 'mmdcn needs torch 2.10 or later' in result.stderr
+    assert 'got torch 2.9.1' in result.stderr
+    assert "pip install 'torch>=2.10'" in result.stderr
+
+
+def test_without_the_cuda_library_the_cpu_works_and_a_gpu_is_told_why_not(package: Path) -> None:
+    add_cpu_libraries(package)
+    result = run(package, CLAIM_CUDA + USE)
+    assert result.stdout == '7.0\n'
+    assert 'RuntimeError: mmdcn cannot run on cuda:1: ' in result.stderr
+    assert '_C_cuda.abi3.so is missing' in result.stderr
+    assert f'{BUILD}` in a checkout of mmdcn, with nvcc on the PATH' in result.stderr
+
+
+def test_with_a_cuda_library_that_does_not_load_the_cpu_works_and_a_gpu_is_told_why_not(package: Path) -> None:
+    add_cpu_libraries(package)
+    (package / '_C_cuda.abi3.so').write_text('not a library')
+    result = run(package, CLAIM_CUDA + USE)
+    assert result.stdout == '7.0\n'
+    assert 'RuntimeError: mmdcn cannot run on cuda:1: ' in result.stderr
+    assert '_C_cuda.abi3.so does not load into torch' in result.stderr
+
+
+@pytest.mark.parametrize('capability', [(7, 0), (7, 5)])
+def test_a_gpu_older_than_the_core_is_told_so(capability: tuple[int, int]) -> None:
+    text = f'compute capability {capability[0]}.{capability[1]}, and mmdcn is compiled for 8.0'
+    with pytest.raises(RuntimeError, match=text):
+        _check_capability(torch.device('cuda', 0), capability)
+
+
+@pytest.mark.parametrize('capability', [(8, 0), (8, 9), (9, 0), (12, 1)])
+def test_a_gpu_of_the_core_or_newer_is_accepted(capability: tuple[int, int]) -> None:
+    _check_capability(torch.device('cuda', 0), capability)
+
+
+def test_a_fake_tensor_may_be_on_a_gpu_that_is_not_there() -> None:
+    with FakeTensorMode():
+        images, offset, weight = (
+            torch.zeros(shape, device='cuda') for shape in ((2, 4, 5, 6), (2, 2, 5, 6), (3, 4, 1, 1))
+        )
+        assert mmdcn.ops.deform_conv2d(images, offset, weight).shape == (2, 3, 5, 6)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmengine's hub and MIM find the configs and the tools, in a checkout as in a wheel.
+
+`make wheel` runs this on the installed wheel too, where MIM is at hand.
+"""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.hub import get_config, get_model
+
+import mmdcn
+from mmdcn.modules import ModulatedDeformConv2dPack
+
+ROOT = Path(__file__).parents[1]
+MIM = Path(mmdcn.__file__).parent / '.mim'
+SCENES = 'mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py'
+ZOO = 'dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py'
+MODELS = [
+    model
+    for metafile in Config.fromfile(MIM / 'model-index.yml').Import
+    for model in Config.fromfile(MIM / metafile).Models
+]
+needs_mim = pytest.mark.skipif(find_spec('mim') is None, reason='MIM is not installed')
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('data') / 'mnist_scenes'
+    converter = MIM / 'tools/dataset_converters/mnist_scenes.py'
+    size = ('--num-train', '4', '--num-test', '2', '--size', '96')
+    subprocess.run([sys.executable, converter, '--out-dir', folder, *size], check=True)
+    return folder
+
+
+def run(*arguments: object, folder: Path) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def options(data: Path) -> list[str]:
+    """Shrink the experiment to seconds."""
+    return [
+        '--cfg-options',
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1',
+        'model.backbone.base_channels=8',
+        'model.neck.in_channels=[8,16,32,64]',
+        *(f'{loop}_dataloader.dataset.data_root={data}/' for loop in ('train', 'val', 'test')),
+        *(f'{loop}_evaluator.ann_file={data}/annotations/test.json' for loop in ('val', 'test')),
+    ]
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model.Name)
+def test_the_hub_finds_every_model_of_the_index(model: Config) -> None:
+    cfg = get_config(f'mmdcn::{model.Config.removeprefix("configs/")}', pretrained='Weights' in model)
+    assert Path(cfg.filename) == MIM / model.Config
+    assert cfg.get('model_path') == model.get('Weights')
+
+
+@pytest.mark.parametrize('name', [SCENES, ZOO])
+def test_the_hub_builds_a_model_with_the_layers_of_mmdcn(name: str) -> None:
+    model = get_model(f'mmdcn::{name}')
+    assert isinstance(model.backbone.layer4[-1].conv2, ModulatedDeformConv2dPack)
+
+
+def test_a_config_inherits_from_a_config_of_mmdcn_in_any_folder(tmp_path: Path) -> None:
+    config = tmp_path / 'mine.py'
+    config.write_text(f"_base_ = 'mmdcn::{SCENES}'\n")
+    code = f'import mmdcn; from mmengine.config import Config; print(Config.fromfile({str(config)!r}).model.backbone)'
+    assert 'mmdcn.DCNv2' in run('-c', code, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    'train',
+    [
+        pytest.param([MIM / 'tools/train.py'], id='the tool'),
+        pytest.param(['-m', 'mim', 'train', 'mmdcn'], id='MIM', marks=needs_mim),
+    ],
+)
+def test_a_config_that_inherits_trains_on_the_classes_of_its_base(
+    train: list[object], scenes: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / 'mine.py'
+    config.write_text(f"_base_ = 'mmdcn::{SCENES}'\n")
+    output = run(*train, config, '--work-dir', 'work', *options(scenes), folder=tmp_path)
+    assert 'coco/bbox_mAP: ' in output
+    assert 'Failed to search registry' not in output
+
+
+@needs_mim
+def test_mim_finds_a_config_by_its_name_and_the_tools(scenes: Path, tmp_path: Path) -> None:
+    if MIM.joinpath('configs').is_symlink():
+        pytest.skip('MIM asks for the path of a config in a checkout: it sees both its names there')
+    arguments = (Path(SCENES).name, '--work-dir', 'work', *options(scenes))
+    assert 'Training finished successfully' in run('-m', 'mim', 'train', 'mmdcn', *arguments, folder=tmp_path)
+    checkpoint = ('--checkpoint', tmp_path / 'work/epoch_1.pth')
+    output = run('-m', 'mim', 'test', 'mmdcn', *arguments[:1], *checkpoint, *arguments[1:], folder=tmp_path)
+    assert 'Testing finished successfully' in output
+
+
+@needs_mim
+def test_mim_downloads_a_config_with_its_weights(tmp_path: Path) -> None:
+    (model,) = (model for model in MODELS if model.Config.endswith(ZOO))
+    tmp_path.joinpath(Path(model.Weights).name).touch()  # as if it had been downloaded before
+    run('-m', 'mim', 'download', 'mmdcn', '--config', model.Name, '--dest', tmp_path, folder=tmp_path)
+    downloaded = Config.fromfile(tmp_path / f'{model.Name}.py')
+    assert downloaded.model == get_config(f'mmdcn::{ZOO}').model
+
+
+@pytest.mark.skipif(not (ROOT / 'setup.py').exists(), reason='not a checkout')
+def test_every_config_and_tool_travels_in_a_wheel(tmp_path: Path) -> None:
+    command = [sys.executable, 'setup.py', '--quiet', 'build_py', '--build-lib', str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    listed = ['git', 'ls-files', 'configs', 'tools', 'model-index.yml']
+    tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert tracked
+    for name in tracked:
+        assert (tmp_path / 'mmdcn/.mim' / name).read_bytes() == (ROOT / name).read_bytes()
