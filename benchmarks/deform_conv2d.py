@@ -222,13 +222,19 @@ def training_candidates(case: Case, device: str) -> dict[str, Build]:
     candidates: dict[str, Build] = {}
     for name, function in {'conv2d': conv2d, 'mmdcn': mmdcn_deform_conv2d}.items():
         for suffix, inputs in (('', x), (' channels_last', x.channels_last())):
-            candidates[name + suffix] = partial(partial, forward_backward, function, inputs.leaves())
+            candidates[name + suffix] = partial(training_call, function, inputs)
     for name, function in PEERS.items():
-        candidates[name] = partial(partial, forward_backward, function, x.leaves())
+        candidates[name] = partial(training_call, function, x)
     return candidates
 
 
-def forward_backward(function: Callable[[Inputs], Tensor], x: Inputs) -> tuple[Tensor | None, ...]:
-    output = function(x)
+def training_call(function: Callable[[Inputs], Tensor], x: Inputs) -> Call:
+    x = x.leaves()
+    grad_output = torch.ones_like(function(x))
     tensors = [tensor for tensor in (x.input, x.offset, x.weight, x.mask) if tensor is not None]
-    return torch.autograd.grad(output, tensors, torch.ones_like(output), allow_unused=True)
+
+    def call() -> list[Tensor | None]:
+        output = function(x)
+        return [output.detach(), *torch.autograd.grad(output, tensors, grad_output, allow_unused=True)]
+
+    return call

@@ -21,7 +21,7 @@ class Measurement:
     """The times of one candidate on one input."""
 
     seconds: list[float]
-    peak_bytes: int | None  # beyond what was there before the call; None where it cannot be told
+    peak_bytes: int | None  # beyond the tensors given and returned; None where it cannot be told
 
     @property
     def median(self) -> float:
@@ -60,21 +60,26 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(call: Call, device: str) -> int | None:
-    """Measure the most memory in use during a call beyond what was in use before; its result included."""
+    """Measure the most memory in use during a call, beyond what was in use before and the tensors that it returns."""
     gc.collect()
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
+        returned = call()
+        return torch.cuda.max_memory_allocated() - before - _bytes(returned)
     reset = Path('/proc/self/clear_refs')
     if not reset.exists():
         return None
     _return_free_memory()
     reset.write_text('5')  # sets the peak of the resident memory to its present size
     before = _status('VmRSS')
-    call()
-    return max(0, _status('VmHWM') - before)
+    returned = call()
+    return max(0, _status('VmHWM') - before - _bytes(returned))
+
+
+def _bytes(returned: object) -> int:
+    arrays = returned if isinstance(returned, tuple | list) else (returned,)
+    return sum(getattr(array, 'nbytes', 0) for array in arrays)
 
 
 def _return_free_memory() -> None:

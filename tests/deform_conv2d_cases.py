@@ -212,7 +212,8 @@ def assert_close(
     """Compare the output of a call, and its gradients if that of the output is given.
 
     A sum of n terms rounds n times, each time by at most eps / 2 of a partial sum, which the sum of the absolute
-    values bounds, and the result once, to its own type.
+    values bounds, and to the type of the result by half of its eps twice: the samples, where the processor multiplies
+    in that type, and the result.
     """
     compute_eps = torch.finfo(torch.promote_types(call.input.dtype, torch.float32)).eps
     scale = magnitudes(call, grad_output) if len(call.input) else dict.fromkeys(actual, 0.0)

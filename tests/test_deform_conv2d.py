@@ -284,6 +284,14 @@ def test_the_images_of_a_batch_do_not_see_each_other(device: str) -> None:
 # Memory
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_an_image_too_large_to_copy_whole_gives_what_the_reference_does(dtype: torch.dtype, device: str) -> None:
+    """The CPU copies 9 MiB of an image at a time, and so two parts or three of the channels of this one."""
+    call = Case((70, 4), (340, 310), (2, 3), (37, 41), (1, 0), groups=2, offset_groups=5).draw(dtype, device)
+    assert call.input[0].numel() * call.input.element_size() > 9 << 20
+    check_against_reference(call)
+
+
 @pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_every_mix_of_strides_gives_the_same_values(layout: str, device: str) -> None:

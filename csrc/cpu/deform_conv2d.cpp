@@ -13,10 +13,16 @@
 // the blocks. So no two threads write one address, and since neither tiles, chunks nor blocks depend on the number
 // of threads, neither do the bits of the result.
 //
-// Images that are not NHWC in the compute type are brought there by copies, a few images (a round) at a time.
+// Images that are not NHWC in the right type are brought there by copies, a few images (a round) at a time, or, if one
+// image is too large for that, a part of its channels (a pass) at a time. The products of a pass are added to those of
+// the passes before.
+//
+// Types: samples are computed in T, float32 or float64. E is the type of the images' rows, the columns and the product:
+// bfloat16 where the processor multiplies in it (with float32 sums), else T.
 #include "../ops/deform_conv2d.h"
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <vector>
 
@@ -34,30 +40,71 @@ constexpr int64_t kMaxTilePositions = 256;
 constexpr int64_t kBackwardTilePositions = 512;
 constexpr int64_t kChunkPositions = 4 * kBackwardTilePositions;
 constexpr int64_t kBlockChannels = 32;
-constexpr int64_t kRoundBytes = 8 << 20;
+constexpr int64_t kCopyBytes = 9 << 20;  // of the copies of images at one time
 
-// Channels that share a group of the weight and a group of the offsets.
-struct ChannelBlock {
-  int64_t group, offset_group, begin, end;
+struct Channels {
+  int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
 
-std::vector<ChannelBlock> channel_blocks(const ConvGeometry& g, int64_t max_channels) {
+// Channels that share a group of the weight and a group of the offsets.
+struct ChannelBlock : Channels {
+  int64_t group, offset_group;
+};
+
+std::vector<ChannelBlock> channel_blocks(const ConvGeometry& g, const Channels& channels, int64_t max_channels) {
   std::vector<ChannelBlock> blocks;
-  for (int64_t begin = 0; begin < g.in_channels;) {
+  for (int64_t begin = channels.begin; begin < channels.end;) {
     const int64_t group = begin / g.group_in_channels(), offset_group = begin / g.offset_group_channels();
-    const int64_t end = std::min(
-        {begin + max_channels, (group + 1) * g.group_in_channels(), (offset_group + 1) * g.offset_group_channels()});
-    blocks.push_back({group, offset_group, begin, end});
+    const int64_t end = std::min({begin + max_channels, (group + 1) * g.group_in_channels(),
+                                  (offset_group + 1) * g.offset_group_channels(), channels.end});
+    blocks.push_back({{begin, end}, group, offset_group});
     begin = end;
   }
   return blocks;
 }
 
-int64_t images_per_round(const ConvGeometry& g, bool copies_input, bool copies_output, int64_t element_size) {
-  const int64_t bytes = element_size * (copies_input * g.in_channels * g.height * g.width +
-                                        copies_output * g.out_channels * g.positions());
-  return bytes == 0 ? g.batch : std::max<int64_t>(kRoundBytes / bytes, 1);
+// How many images, or how many channels of one image, are worked on at one time.
+struct Round {
+  int64_t images, channels;
+};
+
+Round copy_round(const ConvGeometry& g, bool copies, bool may_split, int64_t element_size) {
+  if (!copies) return {g.batch, g.in_channels};
+  const int64_t plane_bytes = g.height * g.width * element_size;
+  const int64_t fitting = std::max<int64_t>(kCopyBytes / plane_bytes / kBlockChannels, 1) * kBlockChannels;
+  if (may_split && fitting < g.in_channels) return {1, fitting};
+  return {std::clamp<int64_t>(kCopyBytes / (plane_bytes * g.in_channels), 1, std::max<int64_t>(g.batch, 1)),
+          g.in_channels};
+}
+
+// Calls body(segment, row) for positions first .. first + count - 1 of images [N, P, C], image by image: segment [n, C]
+// holds those from first + row on.
+template <typename Body>
+void each_segment(const Tensor& images, int64_t first, int64_t count, const Body& body) {
+  const int64_t positions = images.size(1);
+  for (int64_t row = 0; row < count;) {
+    const int64_t image = (first + row) / positions, place = (first + row) % positions;
+    const int64_t length = std::min(count - row, positions - place);
+    body(slice(torch::stable::select(images, 0, image), 0, place, length), row);
+    row += length;
+  }
+}
+
+Tensor row_major(const Tensor& matrix, ScalarType type) {
+  Tensor copy = empty_matrix(matrix, type, matrix.size(0), matrix.size(1));
+  return torch::stable::copy_(copy, matrix);
+}
+
+// sum += addend, both contiguous
+template <typename T>
+void add(const Tensor& addend, const Tensor& sum) {
+  const T* from = static_cast<const T*>(addend.data_ptr());
+  T* to = static_cast<T*>(sum.data_ptr());
+#pragma omp simd
+  for (int64_t i = 0; i < addend.numel(); ++i) {
+    to[i] += from[i];
+  }
 }
 
 template <typename T>
@@ -66,7 +113,7 @@ struct Sample {
   T mask;
 };
 
-// Where the taps sample.
+// Where the taps of some images sample.
 template <typename T>
 class Sampling {
  public:
@@ -75,18 +122,15 @@ class Sampling {
         offset_(torch::stable::to(offset, type)),
         mask_(mask ? std::optional<Tensor>(torch::stable::to(*mask, type)) : std::nullopt) {}
 
-  int64_t samples_per_position() const { return g_.offset_groups * g_.taps(); }
-
-  // samples [count, offset_groups, K] of positions first, first + 1, ... of the whole batch, as pixels of the
-  // images from first_image on.
-  void plan(int64_t first_image, int64_t first, int64_t count, Sample<T>* samples) const {
+  // samples [count, offset_groups, K] of positions first, first + 1, ... of all the images.
+  void plan(int64_t first, int64_t count, Sample<T>* samples) const {
     for (int64_t position = first; position < first + count; ++position) {
       const int64_t image = position / g_.positions();
       const int64_t out_y = position % g_.positions() / g_.out_width, out_x = position % g_.out_width;
       const T* offset = at(offset_, image, out_y, out_x);
       const T* mask = mask_ ? at(*mask_, image, out_y, out_x) : nullptr;
-      const int64_t first_pixel = (image - first_image) * g_.height * g_.width;
-      for (int64_t s = 0; s < samples_per_position(); ++s, ++samples) {
+      const int64_t first_pixel = image * g_.height * g_.width;
+      for (int64_t s = 0; s < g_.samples_per_position(); ++s, ++samples) {
         const int64_t tap = s % g_.taps();
         const T y = static_cast<T>(g_.regular_y(out_y, tap)) + offset[2 * s * offset_.stride(1)];
         const T x = static_cast<T>(g_.regular_x(out_x, tap)) + offset[(2 * s + 1) * offset_.stride(1)];
@@ -106,34 +150,56 @@ class Sampling {
   }
 
   const ConvGeometry& g_;
-  Tensor offset_;               // [B, 2*G*K, H_out, W_out]
-  std::optional<Tensor> mask_;  // [B, G*K, H_out, W_out]
+  Tensor offset_;               // [N, 2*G*K, H_out, W_out]
+  std::optional<Tensor> mask_;  // [N, G*K, H_out, W_out]
 };
 
-// The channels of a cell's corners; a corner outside the image reads `outside`, which is zero.
 template <typename T>
-struct Corners {
-  const T* values[4];
+Sampling<T> sampling_of(const ConvGeometry& g, const Tensor& offset, const std::optional<Tensor>& mask, ScalarType type,
+                        int64_t first, int64_t count) {
+  return {g, slice(offset, 0, first, count), mask ? std::optional(slice(*mask, 0, first, count)) : std::nullopt, type};
+}
 
-  Corners(const BilinearCell<T>& cell, const Rows<T>& rows, int64_t channel, const T* outside) {
+// The channels of a cell's corners; a corner outside the image reads `outside`, which is zero.
+template <typename E>
+struct Corners {
+  const E* values[4];
+
+  template <typename T>
+  Corners(const BilinearCell<T>& cell, const Rows<E>& rows, int64_t channel, const E* outside) {
     for (int i = 0; i < 4; ++i) {
       values[i] = cell.pixel[i] == kOutside ? outside : rows.at(cell.pixel[i], channel);
     }
   }
 };
 
-template <typename T, typename Channels>
-void sample_channels(const Corners<T>& corners, const T (&weight)[4], Channels channels, T* __restrict out) {
-  const T *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
+template <typename E, typename T>
+E rounded(T value) {
+  return static_cast<E>(value);
+}
+
+// torch's own conversion branches on NaN, which keeps loops from being vectorised.
+template <>
+torch::headeronly::BFloat16 rounded(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t to_nearest_even = bits + 0x7FFF + (bits >> 16 & 1), quiet_nan = bits | 0x400000;
+  return {static_cast<uint16_t>((value != value ? quiet_nan : to_nearest_even) >> 16),
+          torch::headeronly::BFloat16::from_bits()};
+}
+
+template <typename E, typename T, typename Count>
+void sample_channels(const Corners<E>& corners, const T (&weight)[4], Count channels, E* __restrict out) {
+  const E *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
-    out[c] = weight[0] * v0[c] + weight[1] * v1[c] + weight[2] * v2[c] + weight[3] * v3[c];
+    out[c] = rounded<E, T>(weight[0] * static_cast<T>(v0[c]) + weight[1] * static_cast<T>(v1[c]) +
+                           weight[2] * static_cast<T>(v2[c]) + weight[3] * static_cast<T>(v3[c]));
   }
 }
 
 // The transpose of sample_channels. Nothing is added to a corner outside.
-template <typename T, typename Channels>
-void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T* __restrict grad, Channels channels,
+template <typename T, typename Count>
+void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T* __restrict grad, Count channels,
                       const Rows<T>& rows, int64_t channel) {
   for (int i = 0; i < 4; ++i) {
     if (cell.pixel[i] == kOutside) continue;
@@ -145,8 +211,8 @@ void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T
   }
 }
 
-template <typename T, typename Channels>
-void dot_corners(const Corners<T>& corners, const T* grad, Channels channels, T (&dot)[4]) {
+template <typename T, typename Count>
+void dot_corners(const Corners<T>& corners, const T* grad, Count channels, T (&dot)[4]) {
   const T *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
   T d0 = 0, d1 = 0, d2 = 0, d3 = 0;
 #pragma omp simd reduction(+ : d0, d1, d2, d3)
@@ -165,83 +231,113 @@ Tensor tap_major(const ConvGeometry& g, const Tensor& weight, ScalarType type) {
   return torch::stable::reshape(taps_first, {g.out_channels, g.taps(), g.group_in_channels()});
 }
 
-template <typename T>
+// The share that some channels of the image have in the output.
+template <typename T, typename E>
 class Forward {
  public:
-  Forward(const ConvGeometry& g, const Sampling<T>& sampling, const Tensor& weight, const std::optional<Tensor>& bias,
-          ScalarType type)
+  Forward(const ConvGeometry& g, const Channels& channels, const Tensor& weight, const std::optional<Tensor>& bias,
+          ScalarType type)  // of E
       : g_(g),
-        sampling_(sampling),
+        channels_(channels),
         type_(type),
-        tile_positions_(tile_positions(g)),
-        blocks_(channel_blocks(g, g.in_channels)),
-        outside_(g.in_channels, 0) {
-    const Tensor rows = torch::stable::reshape(tap_major(g, weight, type), {g.out_channels, group_columns()});
-    for (int64_t first = 0; first < g.out_channels; first += g.group_out_channels()) {
-      linears_.emplace_back(
-          slice(rows, 0, first, g.group_out_channels()),
-          bias ? std::optional(slice(values_as(*bias, type), 0, first, g.group_out_channels())) : std::nullopt);
+        tile_positions_(tile_positions(g, channels)),
+        blocks_(channel_blocks(g, channels, channels.size())),
+        outside_(channels.size(), E(0)) {
+    const Tensor weight_taps = tap_major(g, weight, type);
+    for (int64_t begin = channels.begin; begin < channels.end; begin = products_.back().channels.end) {
+      const int64_t group = begin / g.group_in_channels(), in_group = begin % g.group_in_channels();
+      const Channels part{begin, std::min((group + 1) * g.group_in_channels(), channels.end)};
+      const auto of_group = [&](const Tensor& t) {
+        return slice(t, 0, group * g.group_out_channels(), g.group_out_channels());
+      };
+      const Tensor columns = slice(of_group(weight_taps), 2, in_group, part.size());
+      const bool is_first = in_group == 0;
+      products_.push_back({group, part, is_first,
+                           Linear(torch::stable::reshape(columns, {g.group_out_channels(), g.taps() * part.size()}),
+                                  bias && is_first ? std::optional(of_group(values_as(*bias, type))) : std::nullopt)});
     }
   }
 
-  // Fills output [N*H_out*W_out, C_out] for the images in `rows`, which begin with first_image.
-  void run(const Rows<T>& rows, int64_t first_image, const Tensor& output) const {
-    const int64_t positions = output.size(0);
+  // Writes the output [N, P, C_out] of the images in `rows`, or adds to what a group's first channels gave.
+  void run(const Sampling<T>& sampling, const Rows<E>& rows, const Tensor& output) const {
+    const int64_t positions = output.size(0) * output.size(1);
     const int64_t tiles = (positions + tile_positions_ - 1) / tile_positions_;
     share_items(tiles, [&](int64_t begin, int64_t end) {
-      std::vector<Sample<T>> samples(tile_positions_ * sampling_.samples_per_position());
-      const Tensor columns = empty_matrix(output, type_, g_.groups * tile_positions_, group_columns());
+      std::vector<Sample<T>> samples(tile_positions_ * g_.samples_per_position());
+      const Tensor columns = empty_matrix(output, type_, 1, tile_positions_ * g_.taps() * channels_.size());
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t first = tile * tile_positions_, count = std::min(tile_positions_, positions - first);
-        sampling_.plan(first_image, first_image * g_.positions() + first, count, samples.data());
-        sample(rows, samples.data(), count, static_cast<T*>(columns.data_ptr()));
-        multiply(columns, slice(output, 0, first, count));
+        sampling.plan(first, count, samples.data());
+        sample(rows, samples.data(), count, static_cast<E*>(columns.data_ptr()));
+        for (const Product& product : products_) {
+          write(product, multiply(product, columns, count), output, first, count);
+        }
       }
     });
   }
 
  private:
+  // Of the columns [tile_positions, K * channels] with a group's weight [C_out/groups, K * channels].
+  struct Product {
+    int64_t group;
+    Channels channels;
+    bool is_first;  // of the group's
+    Linear linear;
+  };
+
   // As many as fit the cache, but enough tiles of a small batch for several threads.
-  static int64_t tile_positions(const ConvGeometry& g) {
-    const int64_t fitting = kTileBytes / static_cast<int64_t>(sizeof(T)) / (g.taps() * g.in_channels);
+  static int64_t tile_positions(const ConvGeometry& g, const Channels& channels) {
+    const int64_t fitting = kTileBytes / static_cast<int64_t>(sizeof(E)) / (g.taps() * channels.size());
     const int64_t fair = g.batch * g.positions() / 4;
     return std::clamp(std::min(fitting, fair) / Linear::kRows * Linear::kRows, Linear::kRows, kMaxTilePositions);
   }
 
-  int64_t group_columns() const { return g_.taps() * g_.group_in_channels(); }
+  // Where in `columns` those of some channels begin, product by product.
+  int64_t columns_before(int64_t channel) const { return tile_positions_ * g_.taps() * (channel - channels_.begin); }
 
-  // Fills columns [groups, tile_positions, K * C_in/groups].
-  void sample(const Rows<T>& rows, const Sample<T>* samples, int64_t count, T* columns) const {
+  void sample(const Rows<E>& rows, const Sample<T>* samples, int64_t count, E* columns) const {
     for (int64_t i = 0; i < count; ++i) {
       for (const ChannelBlock& block : blocks_) {
+        const Channels& product = products_[block.group - blocks_.front().group].channels;
         const Sample<T>* taps = samples + (i * g_.offset_groups + block.offset_group) * g_.taps();
-        T* out = columns + (block.group * tile_positions_ + i) * group_columns() + block.begin % g_.group_in_channels();
-        for (int64_t tap = 0; tap < g_.taps(); ++tap, out += g_.group_in_channels()) {
+        E* out = columns + columns_before(product.begin) + i * g_.taps() * product.size() + block.begin - product.begin;
+        for (int64_t tap = 0; tap < g_.taps(); ++tap, out += product.size()) {
           T weight[4];
           taps[tap].cell.weights(taps[tap].mask, weight);
-          const Corners<T> corners(taps[tap].cell, rows, block.begin, outside_.data());
+          const Corners<E> corners(taps[tap].cell, rows, block.begin - channels_.begin, outside_.data());
           sample_channels(corners, weight, block.size(), out);
         }
       }
     }
   }
 
-  void multiply(const Tensor& columns, const Tensor& output) const {
-    for (int64_t group = 0; group < g_.groups; ++group) {
-      const Tensor tile = slice(columns, 0, group * tile_positions_, output.size(0));
-      Tensor target = slice(output, 1, group * g_.group_out_channels(), g_.group_out_channels());
-      torch::stable::copy_(target, linears_[group](tile));
-    }
+  Tensor multiply(const Product& product, const Tensor& columns, int64_t count) const {
+    const int64_t row = g_.taps() * product.channels.size();
+    const Tensor part = slice(columns, 1, columns_before(product.channels.begin), count * row);
+    return slice(product.linear(torch::stable::view(part, {count, row})), 0, 0, count);
+  }
+
+  // [count, C_out/groups] to its place in the output.
+  void write(const Product& product, const Tensor& result, const Tensor& output, int64_t first, int64_t count) const {
+    const Tensor group = slice(output, 2, product.group * g_.group_out_channels(), g_.group_out_channels());
+    each_segment(group, first, count, [&](Tensor target, int64_t row) {
+      const Tensor rows = slice(result, 0, row, target.size(0));
+      if (!product.is_first) add<E>(row_major(target, type_), rows);
+      torch::stable::copy_(target, rows);
+    });
   }
 
   const ConvGeometry& g_;
-  const Sampling<T>& sampling_;
+  const Channels channels_;
   ScalarType type_;
   int64_t tile_positions_;
   std::vector<ChannelBlock> blocks_;
-  std::vector<Linear> linears_;  // of each group: [C_out/groups, K * C_in/groups]
-  std::vector<T> outside_;       // [C_in], zeros
+  std::vector<Product> products_;  // of each group that the channels are of
+  std::vector<E> outside_;         // [channels], zeros
 };
+
+// What is faster on this processor: the type itself, or the one that is computed in.
+ScalarType multiply_type(ScalarType storage) { return Linear::packs(storage) ? storage : compute_type(storage); }
 
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask, const Tensor& weight,
                      const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
@@ -252,21 +348,23 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optio
   check_bias(bias, input, g.out_channels);
   const Tensor output = torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(),
                                              std::nullopt, input.device(), std::nullopt, memory_format(input));
-  const ScalarType type = compute_type(input.scalar_type());
-  dispatch_compute(type, [&](auto zero) {
-    using T = decltype(zero);
-    const Sampling<T> sampling(g, offset, mask, type);
-    const Forward<T> forward(g, sampling, weight, bias, type);
-    const bool copies_output = !is_nhwc_matrix(output, type);
-    const int64_t round = images_per_round(g, !is_nhwc_rows(input, type), copies_output, sizeof(T));
-    for (int64_t first = 0; first < g.batch; first += round) {
-      const int64_t count = std::min(round, g.batch - first);
-      const Rows<T> rows = nhwc_rows<T>(input, first, count, type);
-      Tensor target = nhwc_view(output, first, count);
-      const Tensor matrix = copies_output ? empty_matrix(input, type, count * g.positions(), g.out_channels)
-                                          : torch::stable::view(target, {-1, g.out_channels});
-      forward.run(rows, first, matrix);
-      if (copies_output) torch::stable::copy_(target, torch::stable::view(matrix, target.sizes()));
+  const ScalarType type = compute_type(input.scalar_type()), product_type = multiply_type(input.scalar_type());
+  dispatch_storage(product_type, "input", [&](auto zero) {
+    using E = decltype(zero);
+    using T = std::conditional_t<std::is_same_v<E, double>, double, float>;
+    const bool copies = !is_nhwc_rows(input, product_type) || offset.scalar_type() != type;
+    const bool may_split = input.scalar_type() == type;  // else the sum over the passes would be rounded after each
+    const Round round = copy_round(g, copies, may_split, sizeof(E));
+    for (int64_t begin = 0; begin < g.in_channels; begin += round.channels) {
+      const Channels channels{begin, std::min(begin + round.channels, g.in_channels)};
+      const Forward<T, E> forward(g, channels, weight, bias, product_type);
+      const Tensor part = slice(input, 1, begin, channels.size());
+      for (int64_t first = 0; first < g.batch; first += round.images) {
+        const int64_t count = std::min(round.images, g.batch - first);
+        const Tensor target = nhwc_view(output, first, count);
+        forward.run(sampling_of<T>(g, offset, mask, type, first, count), nhwc_rows<E>(part, first, count, product_type),
+                    torch::stable::view(target, {count, g.positions(), g.out_channels}));
+      }
     }
   });
   return output;
@@ -275,41 +373,40 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optio
 template <typename T>
 class Backward {
  public:
-  Backward(const ConvGeometry& g, const Sampling<T>& sampling, const Tensor& weight,
-           const std::vector<bool>& output_mask, ScalarType type)
+  Backward(const ConvGeometry& g, const Channels& channels, const Tensor& weight, const std::vector<bool>& output_mask,
+           ScalarType type)
       : g_(g),
-        sampling_(sampling),
+        channels_(channels),
+        type_(type),
         needs_input_(output_mask[0]),
         needs_sampling_(output_mask[1] || output_mask[2]),
         needs_weight_(output_mask[3]),
-        blocks_(channel_blocks(g, kBlockChannels)),
+        blocks_(channel_blocks(g, channels, kBlockChannels)),
         outside_(kBlockChannels, 0),
-        samples_(kChunkPositions * sampling.samples_per_position()),
+        samples_(kChunkPositions * g_.samples_per_position()),
         partials_(needs_sampling_ ? blocks_.size() * kChunkPositions * g.taps() : 0) {
     const Tensor weight_taps = tap_major(g, weight, type);
     for (const ChannelBlock& block : blocks_) {
       const Tensor rows = slice(weight_taps, 0, block.group * g.group_out_channels(), g.group_out_channels());
-      const Tensor channels = slice(rows, 2, block.begin % g.group_in_channels(), block.size());
+      const Tensor columns = slice(rows, 2, block.begin % g.group_in_channels(), block.size());
       linears_.emplace_back(
-          torch::stable::reshape(permute(channels, {1, 2, 0}), {g.taps() * block.size(), g.group_out_channels()}));
+          torch::stable::reshape(permute(columns, {1, 2, 0}), {g.taps() * block.size(), g.group_out_channels()}));
       Tensor sum = empty_matrix(weight, type, g.group_out_channels(), needs_weight_ ? g.taps() * block.size() : 0);
       grad_weights_.push_back(torch::stable::zero_(sum));
     }
   }
 
-  // Adds to grad_rows and to the gradient of the weight, and fills the images' part of grad_offset
-  // [B, 2*G*K, H_out, W_out] and grad_mask [B, G*K, H_out, W_out] (contiguous; null where not needed), from
-  // grad_output [N*H_out*W_out, C_out] of the images in `rows`, which begin with first_image.
-  void run(const Rows<T>& rows, const Rows<T>& grad_rows, int64_t first_image, const Tensor& grad_output,
+  // Adds to grad_rows and to the gradient of the weight, and fills, or adds to, grad_offset [N, 2*G*K, H_out, W_out]
+  // and grad_mask [N, G*K, H_out, W_out] (contiguous; null where not needed), from grad_output [N, P, C_out].
+  void run(const Sampling<T>& sampling, const Rows<T>& rows, const Rows<T>& grad_rows, const Tensor& grad_output,
            T* grad_offset, T* grad_mask) {
-    for (int64_t chunk = 0; chunk < grad_output.size(0); chunk += kChunkPositions) {
-      const int64_t count = std::min(kChunkPositions, grad_output.size(0) - chunk);
-      const int64_t first = first_image * g_.positions() + chunk;
-      const Tensor chunk_grad = slice(grad_output, 0, chunk, count);
+    const int64_t positions = grad_output.size(0) * grad_output.size(1);
+    for (int64_t first = 0; first < positions; first += kChunkPositions) {
+      const int64_t count = std::min(kChunkPositions, positions - first);
+      const Tensor chunk_grad = chunk_rows(grad_output, first, count);
       constexpr int64_t kGrain = 64;
       torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-        Sample<T>* samples = samples_.data() + begin * sampling_.samples_per_position();
-        sampling_.plan(first_image, first + begin, end - begin, samples);
+        sampling.plan(first + begin, end - begin, samples_.data() + begin * g_.samples_per_position());
       });
       share_items(blocks_.size(), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
@@ -337,6 +434,19 @@ class Backward {
   }
 
  private:
+  // [count, C_out] of grad_output: itself if it is so already.
+  Tensor chunk_rows(const Tensor& grad_output, int64_t first, int64_t count) const {
+    if (grad_output.scalar_type() == type_ && grad_output.is_contiguous()) {
+      return slice(torch::stable::view(grad_output, {-1, g_.out_channels}), 0, first, count);
+    }
+    const Tensor rows = empty_matrix(grad_output, type_, count, g_.out_channels);
+    each_segment(grad_output, first, count, [&](const Tensor& segment, int64_t row) {
+      Tensor target = slice(rows, 0, row, segment.size(0));
+      torch::stable::copy_(target, segment);
+    });
+    return rows;
+  }
+
   // One block's share of the gradients of a sample.
   struct Partial {
     T y, x, mask;
@@ -356,7 +466,7 @@ class Backward {
     const ChannelBlock& block = blocks_[index];
     const int64_t count = grad_output.size(0);
     const Tensor columns = needs_input_ || needs_sampling_
-                               ? linears_[index](grad_output)
+                               ? slice(linears_[index](grad_output), 0, 0, count)
                                : empty_matrix(grad_output, grad_output.scalar_type(), count, g_.taps() * block.size());
     T* column = static_cast<T*>(columns.data_ptr());
     // A loop over a constant number of channels has no ends to look after.
@@ -365,35 +475,28 @@ class Backward {
     } else {
       run_samples(block.size(), index, first, count, rows, grad_rows, column);
     }
-    if (needs_weight_) add_grad_weight(grad_output, columns, grad_weights_[index]);
-  }
-
-  static void add_grad_weight(const Tensor& grad_output, const Tensor& columns, const Tensor& grad_weight) {
-    const Tensor product = call_torch("aten::mm", "", torch::stable::transpose(grad_output, 0, 1), columns);
-    const T* addend = static_cast<const T*>(product.data_ptr());
-    T* sum = static_cast<T*>(grad_weight.data_ptr());
-#pragma omp simd
-    for (int64_t i = 0; i < product.numel(); ++i) {
-      sum[i] += addend[i];
+    if (needs_weight_) {
+      const Tensor transposed = torch::stable::transpose(grad_output, 0, 1);
+      add<T>(call_torch("aten::mm", "", transposed, columns), grad_weights_[index]);
     }
   }
 
-  template <typename Channels>
-  void run_samples(Channels channels, int64_t index, int64_t first, int64_t count, const Rows<T>& rows,
+  template <typename Count>
+  void run_samples(Count channels, int64_t index, int64_t first, int64_t count, const Rows<T>& rows,
                    const Rows<T>& grad_rows, T* column) {
     const ChannelBlock& block = blocks_[index];
     Partial* partial = partials_.data() + (index * kChunkPositions + first) * g_.taps();
     for (int64_t i = first; i < first + count; ++i) {
       const Sample<T>* samples = samples_.data() + (i * g_.offset_groups + block.offset_group) * g_.taps();
       for (int64_t tap = 0; tap < g_.taps(); ++tap, column += channels, ++partial) {
-        run_sample(channels, samples[tap], block.begin, rows, grad_rows, column, partial);
+        run_sample(channels, samples[tap], block.begin - channels_.begin, rows, grad_rows, column, partial);
       }
     }
   }
 
   // Uses the gradient of a column, then puts the column itself in its place.
-  template <typename Channels>
-  void run_sample(Channels channels, const Sample<T>& sample, int64_t first_channel, const Rows<T>& rows,
+  template <typename Count>
+  void run_sample(Count channels, const Sample<T>& sample, int64_t first_channel, const Rows<T>& rows,
                   const Rows<T>& grad_rows, T* column, Partial* partial) const {
     const BilinearCell<T>& cell = sample.cell;
     const Corners<T> corners(cell, rows, first_channel, outside_.data());
@@ -412,24 +515,28 @@ class Backward {
 
   void add_partials(int64_t chunk_position, int64_t position, T* grad_offset, T* grad_mask) const {
     const int64_t image = position / g_.positions(), place = position % g_.positions();
-    for (int64_t sample = 0; sample < sampling_.samples_per_position(); ++sample) {
+    for (int64_t sample = 0; sample < g_.samples_per_position(); ++sample) {
       Partial sum{0, 0, 0};
       for (size_t block = 0; block < blocks_.size(); ++block) {
         if (blocks_[block].offset_group != sample / g_.taps()) continue;
         const Partial& part = partials_[(block * kChunkPositions + chunk_position) * g_.taps() + sample % g_.taps()];
         sum.y += part.y, sum.x += part.x, sum.mask += part.mask;
       }
-      const int64_t plane = image * sampling_.samples_per_position() + sample;
+      const int64_t plane = image * g_.samples_per_position() + sample;
       if (grad_offset) {
-        grad_offset[2 * plane * g_.positions() + place] = sum.y;
-        grad_offset[(2 * plane + 1) * g_.positions() + place] = sum.x;
+        put(sum.y, grad_offset[2 * plane * g_.positions() + place]);
+        put(sum.x, grad_offset[(2 * plane + 1) * g_.positions() + place]);
       }
-      if (grad_mask) grad_mask[plane * g_.positions() + place] = sum.mask;
+      if (grad_mask) put(sum.mask, grad_mask[plane * g_.positions() + place]);
     }
   }
 
+  // The first channels set a gradient, those after them add to it.
+  void put(T part, T& gradient) const { gradient = channels_.begin == 0 ? part : gradient + part; }
+
   const ConvGeometry& g_;
-  const Sampling<T>& sampling_;
+  const Channels channels_;
+  ScalarType type_;
   bool needs_input_, needs_sampling_, needs_weight_;
   std::vector<ChannelBlock> blocks_;
   std::vector<T> outside_;            // [kBlockChannels], zeros
@@ -454,26 +561,34 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
   const Tensor grad_mask = empty_gradient(output_mask[2], mask.value_or(offset), type);
   const Tensor grad_weight = empty_gradient(output_mask[3], weight, weight.scalar_type());
 
+  const Tensor grad_positions =
+      torch::stable::reshape(permute(grad_output, {0, 2, 3, 1}), {g.batch, g.positions(), g.out_channels});
   dispatch_compute(type, [&](auto zero) {
     using T = decltype(zero);
-    const Sampling<T> sampling(g, offset, mask, type);
-    Backward<T> backward(g, sampling, weight, output_mask, type);
     const bool copies_grad_input = output_mask[0] && !is_nhwc_matrix(grad_input, type);
-    const int64_t round = images_per_round(g, copies_grad_input || !is_nhwc_rows(input, type),
-                                           !is_nhwc_matrix(grad_output, type), sizeof(T));
-    for (int64_t first = 0; first < g.batch; first += round) {
-      const int64_t count = std::min(round, g.batch - first);
-      const Rows<T> rows = nhwc_rows<T>(input, first, count, type);
-      Tensor target = output_mask[0] ? nhwc_view(grad_input, first, count) : grad_input;
-      Tensor sum = copies_grad_input ? empty_nhwc(input, count, type) : target;
-      torch::stable::zero_(sum);
-      const Rows<T> grad_rows{sum, static_cast<T*>(sum.data_ptr()), g.in_channels};
-      backward.run(rows, grad_rows, first, nhwc_matrix(grad_output, first, count, type),
-                   output_mask[1] ? static_cast<T*>(grad_offset.data_ptr()) : nullptr,
-                   output_mask[2] ? static_cast<T*>(grad_mask.data_ptr()) : nullptr);
-      if (copies_grad_input) torch::stable::copy_(target, sum);
+    const bool copies = copies_grad_input || !is_nhwc_rows(input, type) || offset.scalar_type() != type;
+    const Round round = copy_round(g, copies, /*may_split=*/true, sizeof(T));
+    for (int64_t begin = 0; begin < g.in_channels; begin += round.channels) {
+      const Channels channels{begin, std::min(begin + round.channels, g.in_channels)};
+      Backward<T> backward(g, channels, weight, output_mask, type);
+      const Tensor part = slice(input, 1, begin, channels.size());
+      for (int64_t first = 0; first < g.batch; first += round.images) {
+        const int64_t count = std::min(round.images, g.batch - first);
+        Tensor target =
+            output_mask[0] ? nhwc_view(slice(grad_input, 1, begin, channels.size()), first, count) : grad_input;
+        Tensor sum = copies_grad_input ? empty_nhwc(part, count, type) : target;
+        torch::stable::zero_(sum);
+        const Rows<T> grad_rows{sum, static_cast<T*>(sum.data_ptr()),
+                                copies_grad_input ? channels.size() : g.in_channels};
+        const int64_t samples = first * g.samples_per_position() * g.positions();
+        backward.run(sampling_of<T>(g, offset, mask, type, first, count), nhwc_rows<T>(part, first, count, type),
+                     grad_rows, slice(grad_positions, 0, first, count),
+                     output_mask[1] ? static_cast<T*>(grad_offset.data_ptr()) + 2 * samples : nullptr,
+                     output_mask[2] ? static_cast<T*>(grad_mask.data_ptr()) + samples : nullptr);
+        if (copies_grad_input) torch::stable::copy_(target, sum);
+      }
+      if (output_mask[3]) backward.write_grad_weight(grad_weight);
     }
-    if (output_mask[3]) backward.write_grad_weight(grad_weight);
   });
   return {grad_input, torch::stable::to(grad_offset, offset.scalar_type()),
           torch::stable::to(grad_mask, offset.scalar_type()), grad_weight};

@@ -13,8 +13,9 @@ namespace mmdcn {
 
 // x @ weight^T + bias, for many x and one weight.
 //
-// In float32 oneDNN computes it, with the weight packed once: torch's own product packs it again for every x, and asks
-// BLAS, which on some processors reaches only half of what they can do. float64 oneDNN does not have.
+// oneDNN computes it where it can, with the weight packed once: torch's own product packs it again for every x, and
+// asks BLAS, which on some processors reaches only half of what they can do. float64 oneDNN does not have, and
+// bfloat16 not on every processor.
 class Linear {
  public:
   // oneDNN compiles a kernel for each number of rows that it meets. So that images of all sizes do not each cost a
@@ -23,16 +24,22 @@ class Linear {
 
   Linear(const Tensor& weight,                              // [N, K]
          const std::optional<Tensor>& bias = std::nullopt)  // [N]
-      : weight_(weight), bias_(bias) {
-    if (weight.scalar_type() == ScalarType::Float && has_onednn()) packed_ = pack(weight);
+      : packed_(packs(weight.scalar_type())), weight_(packed_ ? pack(weight) : weight), bias_(bias) {}
+
+  // The result may have more rows than x: those after M mean nothing.
+  Tensor operator()(const Tensor& x  // [M, K]
+  ) const {                          // [M or more, N]
+    if (!packed_) return call_torch("aten::linear", "", x, weight_, bias_);
+    const int64_t missing = (kRows - x.size(0) % kRows) % kRows;
+    const std::vector<int64_t> no_scalars;
+    return call_torch("mkldnn::_linear_pointwise", "", missing ? torch::stable::pad(x, {0, 0, 0, missing}) : x, weight_,
+                      bias_, std::string("none"), no_scalars, std::optional<std::string>());
   }
 
-  Tensor operator()(const Tensor& x  // [M, K]
-  ) const {                          // [M, N]
-    if (!packed_ || x.size(0) % kRows != 0) return call_torch("aten::linear", "", x, weight_, bias_);
-    const std::vector<int64_t> no_scalars;
-    return call_torch("mkldnn::_linear_pointwise", "", x, *packed_, bias_, std::string("none"), no_scalars,
-                      std::optional<std::string>());
+  // Whether oneDNN has products of a type on this processor.
+  static bool packs(ScalarType type) {
+    static const bool packs_float = can_pack(ScalarType::Float), packs_bfloat16 = can_pack(ScalarType::BFloat16);
+    return (type == ScalarType::Float && packs_float) || (type == ScalarType::BFloat16 && packs_bfloat16);
   }
 
  private:
@@ -40,21 +47,18 @@ class Linear {
     return call_torch("mkldnn::_reorder_linear_weight", "", weight, std::optional<int64_t>(kRows));
   }
 
-  static bool has_onednn() {
-    static const bool available = [] {
-      try {
-        pack(torch::stable::empty({1, 1}, ScalarType::Float));
-        return true;
-      } catch (const std::exception&) {
-        return false;
-      }
-    }();
-    return available;
+  static bool can_pack(ScalarType type) {
+    try {
+      pack(torch::stable::empty({1, 1}, type));
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
   }
 
+  bool packed_;
   Tensor weight_;
   std::optional<Tensor> bias_;
-  std::optional<Tensor> packed_;
 };
 
 }  // namespace mmdcn
