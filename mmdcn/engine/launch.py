@@ -16,6 +16,10 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS, Registry, root
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
+
+from mmdcn.checkpoints import accept_version1_keys
+from mmdcn.checkpoints.safe_globals import allow_mmengine_checkpoints
 
 _CONVERTERS = {
     'mnist_scenes': 'python tools/dataset_converters/mnist_scenes.py',
@@ -61,6 +65,8 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+        if 'custom_imports' in cfg:  # fromfile has imported those of the file alone
+            import_modules_from_strings(**cfg.custom_imports)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -84,9 +90,11 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
     # Recompiling for each shape of image would otherwise stop at torch's default limit.
     setup_cache_size_limit_of_dynamo()
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
-        # mmengine would ask for a GPU of each process.
-        torch.distributed.init_process_group('gloo')
-    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+        _distribute_on_cpu(cfg)
+    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    if isinstance(runner.model, torch.nn.Module):  # a FlexibleRunner builds it later
+        accept_version1_keys(runner.model)
+    return runner
 
 
 @contextmanager
@@ -110,12 +118,23 @@ def explained(cfg: Config) -> Iterator[None]:
 
 def run(main: Callable[[], None]) -> int:
     """Run a tool, and print what a user can put right as one line instead of a traceback."""
+    allow_mmengine_checkpoints()
     try:
         main()
     except (LaunchError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0
+
+
+def _distribute_on_cpu(cfg: Config) -> None:
+    """Start gloo, and keep mmengine from giving each process a GPU of its own."""
+    torch.distributed.init_process_group('gloo')
+    if 'strategy' not in cfg:
+        default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
+        cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg', default), device_ids=None)
+    elif cfg.strategy.type == 'FSDPStrategy':
+        cfg.strategy.model_wrapper = dict(cfg.strategy.get('model_wrapper', {}), device_id='cpu')
 
 
 def _datasets(dataset: ConfigDict | None) -> Iterator[ConfigDict]:
