@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdcn import modules, ops
+from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.modules.deform_conv2d import without_autocast
 from mmdcn.reference.conv2d import output_shape
 
@@ -110,8 +111,8 @@ def convert_model(model: nn.Module) -> nn.Module:
     """Turn every deformable layer of mmcv's in a built model into mmdcn's, and log it.
 
     The modules and parameters stay the very same objects, so optimizers, hooks and wrappers around the model remain
-    valid. A subclass of mmcv's layers by another package is left alone, and named in the log. The functions that TOOD
-    and SAC call are no layers: `patch_mmdet` reaches those.
+    valid, and checkpoints of mmdet 1 load. A subclass of mmcv's layers by another package is left alone, and named in
+    the log. The functions that TOOD and SAC call are no layers: `patch_mmdet` reaches those.
 
     Args:
         model: A model, wrapped or not, or a layer.
@@ -128,6 +129,7 @@ def convert_model(model: nn.Module) -> nn.Module:
             _convert(module, layer)
         elif isinstance(module, tuple(_LAYERS)) and not isinstance(module, tuple(_LAYERS.values())):
             left_alone.append(f'{name or "the model"}: {type(module).__module__}.{type(module).__qualname__}')
+    accept_version1_keys(model)
     _say('On mmdcn now', [f'{count} {name}' for name, count in converted.items()])
     _say('Left as they are, because they may differ from the layers of mmcv that they derive from', left_alone)
     return model

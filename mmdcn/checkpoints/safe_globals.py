@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may lie beside the weights in a checkpoint that `torch.load(weights_only=True)` reads."""
+
+from collections.abc import Callable
+
+import mmengine.runner.checkpoint
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+# numpy's arrays and scalars are made by these, which make nothing else. numpy 1 had them under another name.
+ARRAY, SCALAR = (value.__reduce__()[0] for value in (np.zeros(0), np.float64(0)))
+NUMPY = [
+    ARRAY,
+    (ARRAY, 'numpy.core.multiarray._reconstruct'),
+    SCALAR,
+    (SCALAR, 'numpy.core.multiarray.scalar'),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'},
+]
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let torch 2.6 and later resume from checkpoints of mmengine 0.10.7, which hold the history of the log.
+
+    That release knows nothing of `weights_only`, which stays True; onedl-mmengine, its maintained fork, allows for it.
+    """
+    if not hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
+        torch.serialization.add_safe_globals([*NUMPY, HistoryBuffer, (_statistic, 'builtins.getattr')])
+
+
+def _statistic(_: type[HistoryBuffer], name: str) -> Callable:
+    """Stand for the `getattr` that gives a history its methods, and gives no other thing."""
+    return HistoryBuffer()._statistics_methods[name]
