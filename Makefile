@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+OPENMMLAB := requirements/openmmlab.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 CONFIG := configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py
@@ -10,7 +11,7 @@ WORK_DIR := work_dirs/$(notdir $(CONFIG:.py=))
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint setup bench sanitize wheel clean
+.PHONY: demo test test-openmmlab lint setup bench sanitize wheel gpu-check clean
 
 demo: $(WORK_DIR)/demo.png
 	@cat $(WORK_DIR)/results.txt
@@ -19,6 +20,10 @@ demo: $(WORK_DIR)/demo.png
 test: $(VENV)/core.stamp
 	@echo "== Testing, about 4 minutes on 2 cores =="
 	$(BIN)/pytest
+
+# The same on OpenMMLab's own last releases, in an environment of their own.
+test-openmmlab:
+	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
 
 lint: $(VENV)/core.stamp
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
@@ -62,14 +67,28 @@ wheel: $(VENV)/core.stamp
 	@$(BIN)/python -m zipfile -l dist/*.whl | grep -v '\.mim/'
 	@ls -l dist
 
+# On a machine with a GPU: the operator's tests, the memory checkers and the benchmark, on the wheel that `make wheel` left
+# in dist. PYTHON needs a CUDA build of torch, pytest and hypothesis; for the benchmark matplotlib, tabulate and tqdm too.
+GPU_CHECK := build/gpu-check
+gpu-check:
+	$(PYTHON) -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())'
+	rm -rf $(GPU_CHECK) && mkdir -p $(GPU_CHECK)
+	$(PYTHON) -m pip install --no-deps --target $(GPU_CHECK) dist/*.whl
+	cp -r tests pyproject.toml $(GPU_CHECK)
+	cd $(GPU_CHECK) && $(PYTHON) -m pytest -k cuda $(addprefix tests/test_deform_conv2d,.py _errors.py _derivatives.py _compile.py)
+	cd $(GPU_CHECK) && for tool in memcheck racecheck synccheck initcheck; do \
+	  echo "== $$tool ==" && compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(PYTHON) -m pytest -k 'cuda and everything' tests/test_deform_conv2d.py; done
+	PYTHONPATH=$(GPU_CHECK) $(PYTHON) benchmarks/run.py deform_conv2d --device cuda --cases all
+
 setup: $(VENV)/core.stamp
 
 # mmcv is compiled here, which its own build must be told to do; pip keeps the wheel for the next time.
-$(VENV)/openmmlab.stamp: requirements/build.txt requirements/openmmlab.txt
+$(VENV)/openmmlab.stamp: requirements/build.txt $(OPENMMLAB)
 	@echo "== Setting up $(VENV): torch, then mmcv, which compiles for about 7 minutes on 2 cores =="
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -r requirements/build.txt
-	MMCV_WITH_OPS=1 $(PIP) install --no-build-isolation -r requirements/openmmlab.txt
+	MMCV_WITH_OPS=1 $(PIP) install --no-build-isolation -r $(OPENMMLAB)
 	touch $@
 
 $(VENV)/core.stamp: $(VENV)/openmmlab.stamp requirements/dev.txt setup.py pyproject.toml $(shell find csrc -type f)
@@ -94,4 +113,4 @@ $(WORK_DIR)/demo.png: $(WORK_DIR)/results.txt
 	$(BIN)/python tools/analysis_tools/draw_sampling_points.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --out $@
 
 clean:
-	rm -rf build dist *.egg-info mmdcn/*.so $(VENV)/core.stamp
+	rm -rf build dist *.egg-info mmdcn/*.so .venv*/core.stamp

@@ -76,6 +76,7 @@ class BuildCore(BuildExtension):
                 '--shared',
                 '--threads=0',
                 '-Werror=all-warnings',
+                '-Xptxas=--warn-on-spills,--warning-as-error',
                 '-Xcompiler=-fPIC,-Wall,-fvisibility=hidden',
                 f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}',
                 '-DUSE_CUDA',  # else torch's headers hide its CUDA functions

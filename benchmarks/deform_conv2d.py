@@ -41,19 +41,34 @@ C3 = Case('c3', 128, 100, 168)
 C4 = Case('c4', 256, 50, 84)
 C5 = Case('c5', 512, 25, 42)
 STAGES = (C3, C4, C5)
+VARIANTS = (
+    replace(C4, name='c4 stride 2', stride=2, height=25, width=42),
+    replace(C4, name='c4 4 offset groups', offset_groups=4),
+    replace(C4, name='c4 32 groups', groups=32),
+    replace(C4, name='c4 no mask', mask=False),
+    replace(C4, name='c4 1x1', kernel=1),
+    replace(C4, name='c4 5x5', kernel=5),
+    Case('160 x 160 detector', 64, 20, 20, batch=8),
+)
+
+
+def stages(name: str, **changes: Any) -> tuple[Case, ...]:
+    return tuple(replace(stage, name=f'{stage.name} {name}', **changes) for stage in STAGES)
+
+
 CASES = {
-    'stages': STAGES,
-    'batch-1': tuple(replace(case, name=f'{case.name} batch 1', batch=1) for case in STAGES),
-    'bf16': tuple(replace(case, name=f'{case.name} bf16', dtype=torch.bfloat16) for case in STAGES),
-    'variants': (
-        replace(C4, name='c4 stride 2', stride=2, height=25, width=42),
-        replace(C4, name='c4 4 offset groups', offset_groups=4),
-        replace(C4, name='c4 32 groups', groups=32),
-        replace(C4, name='c4 no mask', mask=False),
-        replace(C4, name='c4 1x1', kernel=1),
-        replace(C4, name='c4 5x5', kernel=5),
-        Case('160 x 160 detector', 64, 20, 20, batch=8),
-    ),
+    'cpu': {
+        'stages': STAGES,
+        'batch-1': stages('batch 1', batch=1),
+        'bf16': stages('bf16', dtype=torch.bfloat16),
+        'variants': VARIANTS,
+    },
+    'cuda': {
+        'stages': stages('fp32', batch=16),
+        'fp16': stages('fp16', batch=16, dtype=torch.float16),
+        'bf16': stages('bf16', batch=16, dtype=torch.bfloat16),
+        'variants': VARIANTS,
+    },
 }
 
 

@@ -104,7 +104,8 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     operator = importlib.import_module(args.operator)
-    groups = list(operator.CASES) if args.cases == ['all'] else args.cases
+    cases = operator.CASES[args.device]
+    groups = list(cases) if args.cases == ['all'] else args.cases
     facts = machine(args.device, operator.PACKAGES)
     print(tabulate(facts.items(), tablefmt='github'), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ def main() -> None:
     skipped: dict[str, str] = {}
     for group in groups:
         results: dict[str, dict[str, Row]] = {mode: {} for mode in modes}
-        work = [(mode, case) for mode in modes for case in operator.CASES[group]]
+        work = [(mode, case) for mode in modes for case in cases[group]]
         for mode, case in tqdm(work, desc=group, unit='case'):
             calls = usable(modes[mode](case, args.device), skipped)
             results[mode][case.name] = measure(calls, args.device, args.repeats)
