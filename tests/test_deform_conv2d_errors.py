@@ -2,6 +2,8 @@
 """mmdcn.ops.deform_conv2d says what is wrong with a call, before anything runs."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -416,3 +418,18 @@ def test_the_fake_operator_refuses_groups_that_do_not_fit_the_shapes() -> None:
         pytest.raises(ValueError, match=r'groups and offset_groups must be \(2, 2\) by the shapes, got \(1, 2\)'),
     ):
         torch.ops.mmdcn.deform_conv2d(*operator_arguments(groups=1))
+
+
+@pytest.mark.skipif(torch.__version__ < '2.13', reason='before, torch does not tell a library why a function failed')
+def test_too_little_memory_is_reported_in_the_words_of_torch() -> None:
+    """An output of 10 GB, in a process that may have 6."""
+    code = (
+        'import resource, torch\n'
+        'from mmdcn.ops import deform_conv2d\n'
+        'resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n'
+        'offset = torch.zeros(1, 1, 1, 1).expand(1, 2, 200, 200)\n'
+        'deform_conv2d(torch.zeros(1, 4, 8, 8), offset, torch.zeros(1 << 16, 4, 1, 1), padding=96)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], check=False, capture_output=True, text=True)
+    assert 'RuntimeError: [enforce fail at alloc_cpu.cpp' in done.stderr
+    assert "can't allocate memory: you tried to allocate 10485760000 bytes" in done.stderr

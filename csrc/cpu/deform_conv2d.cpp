@@ -29,6 +29,7 @@
 #include "../core/bilinear.h"
 #include "../core/dispatch.h"
 #include "../core/nhwc.h"
+#include "../core/readable_errors.h"
 #include "linear.h"
 #include "parallel.h"
 
@@ -597,8 +598,8 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmdcn, CPU, m) {
-  m.impl("deform_conv2d", TORCH_BOX(&deform_conv2d));
-  m.impl("deform_conv2d_backward", TORCH_BOX(&deform_conv2d_backward));
+  m.impl("deform_conv2d", TORCH_BOX(&Readable<&deform_conv2d>::call));
+  m.impl("deform_conv2d_backward", TORCH_BOX(&Readable<&deform_conv2d_backward>::call));
 }
 
 }  // namespace mmdcn

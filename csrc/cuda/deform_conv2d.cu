@@ -8,6 +8,7 @@
 
 #include "../core/dispatch.h"
 #include "../core/nhwc.h"
+#include "../core/readable_errors.h"
 #include "../ops/deform_conv2d.h"
 #include "device.cuh"
 
@@ -281,8 +282,8 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmdcn, CUDA, m) {
-  m.impl("deform_conv2d", TORCH_BOX(&deform_conv2d));
-  m.impl("deform_conv2d_backward", TORCH_BOX(&deform_conv2d_backward));
+  m.impl("deform_conv2d", TORCH_BOX(&Readable<&deform_conv2d>::call));
+  m.impl("deform_conv2d_backward", TORCH_BOX(&Readable<&deform_conv2d_backward>::call));
 }
 
 }  // namespace mmdcn

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+// The text of the last error of a torch function on this thread. torch has it from 2.13 on; before, it is null.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace mmdcn {
+
+// An operator whose errors have torch's own words. At the ABI of torch 2.10 a torch function that fails, for want of
+// memory say, tells no more than where it was called.
+template <auto kOperator>
+struct Readable;
+
+template <typename Result, typename... Args, Result (*kOperator)(Args...)>
+struct Readable<kOperator> {
+  static Result call(Args... args) {
+    try {
+      return kOperator(args...);
+    } catch (const std::exception& error) {
+      const std::string where = error.what();
+      const bool from_torch = where.find("API call failed") != std::string::npos;
+      if (!from_torch || !torch_exception_get_what_without_backtrace) throw;
+      throw std::runtime_error(torch_exception_get_what_without_backtrace() + ("\n" + where));
+    }
+  }
+};
+
+}  // namespace mmdcn
