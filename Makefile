@@ -11,7 +11,7 @@ WORK_DIR := work_dirs/$(notdir $(CONFIG:.py=))
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-openmmlab lint setup bench sanitize wheel gpu-check clean
+.PHONY: demo test test-openmmlab zoo-check lint setup bench sanitize wheel gpu-check clean
 
 demo: $(WORK_DIR)/demo.png
 	@cat $(WORK_DIR)/results.txt
@@ -24,6 +24,10 @@ test: $(VENV)/core.stamp
 # The same on OpenMMLab's own last releases, in an environment of their own.
 test-openmmlab:
 	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
+
+# Every checkpoint of the zoo gives the average precision that its metafile says.
+zoo-check: $(VENV)/core.stamp
+	$(BIN)/python tools/zoo_check.py
 
 lint: $(VENV)/core.stamp
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files

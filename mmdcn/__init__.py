@@ -14,12 +14,14 @@ from mmdcn.version import __version__
 
 _LAZY = {
     'DCNOptimWrapperConstructor': 'mmdcn.engine',
+    'DetInferencer': 'mmdcn.apis',
     'ResNet': 'mmdcn.models',
     'convert_model': 'mmdcn.patching',
     'fuse_conv_bn': 'mmdcn.models',
     'layouts': 'mmdcn.checkpoints',
     'patch_mmdet': 'mmdcn.patching',
     'unpatch_mmdet': 'mmdcn.patching',
+    'zoo': 'mmdcn.checkpoints',
 }
 
 __all__ = ['__version__', 'ops', 'reference', *sorted(_LAZY)]

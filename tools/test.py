@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mmdcn import zoo
 from mmdcn.engine.launch import (
     LaunchError,
     add_arguments,
@@ -27,7 +28,7 @@ from mmdcn.engine.launch import (
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='the config file')
-    parser.add_argument('checkpoint', help='the checkpoint file')
+    parser.add_argument('checkpoint', help='the checkpoint file, or a name of the model zoo')
     add_arguments(parser)
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections to this file')
     parser.add_argument('--show', action='store_true', help='show each image with its detections')
@@ -73,9 +74,13 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
-        raise LaunchError(
-            f'checkpoint {args.checkpoint} does not exist; `python tools/train.py {args.config}` makes one'
-        )
+        try:
+            args.checkpoint = zoo.find(args.checkpoint).weights
+        except zoo.ZooError as error:
+            raise LaunchError(
+                f'checkpoint {args.checkpoint} does not exist, and {error}; '
+                f'`python tools/train.py {args.config}` makes one'
+            ) from error
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         cfg = trigger_visualization_hook(cfg, args)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the boxes that a detector finds on a picture, or on every picture of a folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmdcn import DetInferencer
+from mmdcn.engine.launch import LaunchError, run
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('image', help='the picture, or a folder of pictures')
+    parser.add_argument('model', help='a name of the model zoo, or a config file')
+    parser.add_argument('--weights', help='the checkpoint, which a config file needs')
+    parser.add_argument('--out-dir', default='outputs', help='the folder to write into')
+    parser.add_argument('--pred-score-thr', type=float, default=0.3, help='least score of a box to draw')
+    parser.add_argument('--device', help='where to run the detector; a GPU if there is one')
+    args = parser.parse_args()
+    if Path(args.model).is_file() and args.weights is None:
+        parser.error(f'{args.model} is a config: it needs --weights')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if not Path(args.image).exists():
+        raise LaunchError(f'{args.image} does not exist')
+    inferencer = DetInferencer(args.model, args.weights, args.device)
+    inferencer(args.image, out_dir=args.out_dir, pred_score_thr=args.pred_score_thr)
+    print(f'wrote {Path(args.out_dir, "vis")}')
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))

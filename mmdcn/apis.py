@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference with the models of the zoo."""
+
+import mmdet.apis
+from mmengine.config import Config
+
+from mmdcn.checkpoints import zoo
+
+
+class DetInferencer(mmdet.apis.DetInferencer):
+    """mmdet's inferencer, which takes the names of mmdcn's model zoo.
+
+    Args:
+        model: A name of the zoo, or the path of a config or the config itself, and then with `weights`.
+        weights: A checkpoint's path or address; by default that of the zoo.
+        device: Where to run the detector; by default a GPU if there is one.
+
+    The other arguments, and those of a call, are mmdet's.
+
+    Raises:
+        mmdcn.zoo.ZooError: If the zoo has no such model, or its weights are not to be had.
+    """
+
+    def _load_model_from_metafile(self, model: str) -> tuple[Config, str]:
+        found = zoo.find(model)
+        return Config.fromfile(found.config), found.weights
