@@ -22,7 +22,7 @@ CUDA_ARCHITECTURES = (80, 90, 100, 120)  # and PTX of the last for those to come
 SOURCES = sorted(str(path) for folder in ('ops', 'cpu') for path in Path('csrc', folder).glob('*.cpp'))
 CUDA_SOURCES = sorted(str(path) for path in Path('csrc/cuda').glob('*.cu'))
 DEPENDS = sorted(str(path) for path in Path('csrc').rglob('*.*h'))
-MIM = ('configs', 'tools', 'model-index.yml')
+MIM = ('configs', 'demo', 'tools', 'model-index.yml')
 INSTRUCTION_SETS = {'_C': []}
 if platform.machine() in ('x86_64', 'AMD64'):
     INSTRUCTION_SETS['_C_avx2'] = ['-march=x86-64-v3']
