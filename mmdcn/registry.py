@@ -4,6 +4,7 @@
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry, root
 
@@ -14,6 +15,7 @@ MODELS = Registry(
     locations=['mmdcn.modules', 'mmdcn.models'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmdcn', locations=['mmdcn.engine'])
+STRATEGIES = Registry('strategy', parent=MMENGINE_STRATEGIES, scope='mmdcn', locations=['mmdcn.engine'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmdcn', locations=['mmdcn.datasets'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,3 +21,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def mmdet_as_it_was() -> Iterator[None]:
+    """Undo what a config imports, which outlives it."""
+    yield
+    from mmdcn import unpatch_mmdet
+
+    unpatch_mmdet()
+    for name in ('mmdcn.overrides', 'mmdcn.patched'):
+        sys.modules.pop(name, None)

@@ -2,6 +2,7 @@
 """What a run needs around a detector."""
 
 from mmdcn.engine.epoch_seed_hook import EpochSeedHook
+from mmdcn.engine.fsdp_strategy import FSDPStrategy
 from mmdcn.engine.optim_wrapper_constructor import DCNOptimWrapperConstructor
 
-__all__ = ['DCNOptimWrapperConstructor', 'EpochSeedHook']
+__all__ = ['DCNOptimWrapperConstructor', 'EpochSeedHook', 'FSDPStrategy']

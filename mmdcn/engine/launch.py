@@ -24,6 +24,7 @@ from mmdcn.checkpoints.safe_globals import allow_mmengine_checkpoints
 _CONVERTERS = {
     'mnist_scenes': 'python tools/dataset_converters/mnist_scenes.py',
     'neon_trees': 'python tools/dataset_converters/neon_trees.py',
+    'coco_tiny': 'python tools/dataset_converters/coco_tiny.py',
     'coco': 'mim download mmdet --dataset coco2017',
 }
 _ROOTS = [registry for registry in vars(root).values() if isinstance(registry, Registry)]
@@ -130,11 +131,8 @@ def run(main: Callable[[], None]) -> int:
 def _distribute_on_cpu(cfg: Config) -> None:
     """Start gloo, and keep mmengine from giving each process a GPU of its own."""
     torch.distributed.init_process_group('gloo')
-    if 'strategy' not in cfg:
-        default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
-        cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg', default), device_ids=None)
-    elif cfg.strategy.type == 'FSDPStrategy':
-        cfg.strategy.model_wrapper = dict(cfg.strategy.get('model_wrapper', {}), device_id='cpu')
+    default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg', default), device_ids=None)
 
 
 def _datasets(dataset: ConfigDict | None) -> Iterator[ConfigDict]:

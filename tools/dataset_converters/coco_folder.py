@@ -95,12 +95,12 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
 class CocoSplit:
     """One split of a COCO folder: images are written as they come, annotations by ``save``."""
 
-    def __init__(self, folder: Path, name: str, categories: dict[int, str]) -> None:
+    def __init__(self, folder: Path, name: str, categories: dict[int, str], prefix: str = '') -> None:
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
         self._categories = [{'id': key, 'name': value} for key, value in categories.items()]
         self._image_dir = folder / name
-        self._json = folder / 'annotations' / f'{name}.json'
+        self._json = folder / 'annotations' / f'{prefix}{name}.json'
         self._image_dir.mkdir()
         self._json.parent.mkdir(exist_ok=True)
 

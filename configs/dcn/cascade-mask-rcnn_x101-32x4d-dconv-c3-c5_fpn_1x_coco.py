@@ -1,0 +1,2 @@
+_base_ = 'mmdet::dcn/cascade-mask-rcnn_x101-32x4d-dconv-c3-c5_fpn_1x_coco.py'
+model = dict(backbone=dict(dcn=dict(type='mmdcn.DCN')))

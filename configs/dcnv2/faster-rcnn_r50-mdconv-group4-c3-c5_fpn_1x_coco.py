@@ -1,0 +1,2 @@
+_base_ = 'mmdet::dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco.py'
+model = dict(backbone=dict(dcn=dict(type='mmdcn.DCNv2')))
