@@ -21,15 +21,18 @@ NUMPY = [
 ]
 
 
+def _statistic(_: type[HistoryBuffer], name: str) -> Callable:
+    """Stand for the `getattr` that gives a history its methods, and gives no other thing."""
+    return HistoryBuffer()._statistics_methods[name]
+
+
+MMENGINE = [*NUMPY, HistoryBuffer, (_statistic, 'builtins.getattr')]
+
+
 def allow_mmengine_checkpoints() -> None:
     """Let torch 2.6 and later resume from checkpoints of mmengine 0.10.7, which hold the history of the log.
 
     That release knows nothing of `weights_only`, which stays True; onedl-mmengine, its maintained fork, allows for it.
     """
     if not hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
-        torch.serialization.add_safe_globals([*NUMPY, HistoryBuffer, (_statistic, 'builtins.getattr')])
-
-
-def _statistic(_: type[HistoryBuffer], name: str) -> Callable:
-    """Stand for the `getattr` that gives a history its methods, and gives no other thing."""
-    return HistoryBuffer()._statistics_methods[name]
+        torch.serialization.add_safe_globals(MMENGINE)

@@ -22,17 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mmdcn.checkpoints import SOURCES, Conversion, Source, check_target, convert_state_dict
+from mmdcn.checkpoints.safe_globals import NUMPY
 from mmdcn.engine.launch import LaunchError, explained, run
-
-# detectron2's tensors may be numpy's. These make arrays of numbers and nothing else, under numpy 1's name as well.
-RECONSTRUCT = np.zeros(0).__reduce__()[0]
-NUMPY = [
-    RECONSTRUCT,
-    (RECONSTRUCT, 'numpy.core.multiarray._reconstruct'),
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'},
-]
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,7 +56,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
             f"torch.save(pickle.load(open('{path}', 'rb'), encoding='latin1'), '{path.with_suffix('.pth')}')"
         )
     try:
-        with torch.serialization.safe_globals(NUMPY):
+        with torch.serialization.safe_globals(NUMPY):  # detectron2's tensors may be numpy's
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         other = re.search(r'GLOBAL (\S+) was not an allowed', str(error))

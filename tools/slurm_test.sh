@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Test by Slurm: tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [the options of tools/test.py]
+# tools/slurm.sh says what asks for machines and GPUs.
+set -euo pipefail
+tools=$(dirname "$0") partition=$1 job_name=$2 config=$3 checkpoint=$4
+shift 4
+exec "$tools/slurm.sh" "$partition" "$job_name" \
+  "$tools/dist_test.sh" "$config" "$checkpoint" "${GPUS_PER_NODE:-8}" "$@"
