@@ -1,0 +1,7 @@
+_base_ = [
+    '../_base_/models/retinanet_r18-w32_fpn.py',
+    '../_base_/datasets/mnist_scenes.py',
+    '../_base_/schedules/schedule_6e.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(bbox_head=dict(num_classes=10))

@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/models/retinanet_r18-w32_fpn.py',
+    '../_base_/datasets/neon_trees.py',
+    '../_base_/schedules/schedule_6e.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(bbox_head=dict(num_classes=1))
+auto_scale_lr = dict(base_batch_size=2)

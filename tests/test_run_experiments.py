@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiments' runner: real runs of seconds, killed and gone on with, and its statistics."""
+
+import asyncio
+import fcntl
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import mnist_scenes
+import numpy as np
+import pytest
+
+TOOL = Path(__file__).parents[1] / 'tools/run_experiments.py'
+SPEC = importlib.util.spec_from_file_location('run_experiments', TOOL)
+run_experiments = importlib.util.module_from_spec(SPEC)
+sys.modules['run_experiments'] = run_experiments  # where its dataclasses look for their annotations
+SPEC.loader.exec_module(run_experiments)
+
+# The first row of the set alone, so that 2 seeds take seconds.
+ONE_ROW = f"""
+import sys
+sys.path.insert(0, {str(TOOL.parent)!r})
+import run_experiments
+del run_experiments.SETS['mnist_scenes'].experiments[1:]
+sys.exit(run_experiments.run_tool(run_experiments.main))
+"""
+OPTIONS = [
+    'train_cfg.max_epochs=2', 'train_cfg.val_interval=2', 'train_dataloader.batch_size=2',
+    'model.backbone.base_channels=8', 'model.neck.in_channels=[8,16,32,64]',
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder to work in, with a data set of a few scenes."""
+    arguments = ['--out-dir', tmp_path / 'data/mnist_scenes', '--num-train', 4, '--num-test', 2, '--size', 96]
+    assert mnist_scenes.main(list(map(str, arguments))) == 0
+    return tmp_path
+
+
+@contextmanager
+def started(folder: Path, *options: str) -> Iterator[subprocess.Popen]:
+    """Run the tool in a process group, of which nothing is left at the end."""
+    arguments = ['mnist_scenes', '--seeds', '2', '--out', 'out', '--cfg-options', *OPTIONS, *options]
+    process = subprocess.Popen(
+        [sys.executable, '-c', ONE_ROW, *arguments],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def is_locked(folder: Path) -> bool:
+    with open(folder / 'out/lock') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_killed_set_goes_on_and_reports_every_run(folder: Path) -> None:
+    runs = folder / 'out/runs/mnist_scenes/faster-rcnn_r18-w32_fpn_6e_mnist-scenes'
+    with started(folder) as process:
+        wait_for((runs / 'seed_1/output.txt').exists, process)
+        first = (runs / 'seed_0/result.json').stat().st_mtime_ns
+        process.kill()  # this process alone: what it has started works on
+        process.wait()
+        assert is_locked(folder)
+        with started(folder) as second:
+            output, progress = second.communicate()
+            assert second.returncode == 0, progress
+
+    assert 'waiting until it ends' in output
+    assert '4/4' in progress
+    assert (runs / 'seed_0/result.json').stat().st_mtime_ns == first
+    results = [json.loads((runs / f'seed_{seed}/result.json').read_text()) for seed in (0, 1)]
+    (record,) = json.loads((folder / 'out/mnist_scenes.json').read_text())
+    assert record['AP50'] == [100 * result['coco/bbox_mAP_50'] for result in results]
+    assert sorted(path.name for path in runs.glob('*/*.pth')) == ['epoch_2.pth'] * 2
+    assert (folder / 'out/mnist_scenes.md').read_text().startswith(output[output.index('|') :].strip())
+
+
+def write_results(out: Path, chosen: run_experiments.ExperimentSet) -> list[run_experiments.Run]:
+    """Stand for runs of 60, 62 and 64 per cent for the baseline, and 10 more in each row after it."""
+    runs = []
+    for row, experiment in enumerate(chosen.experiments):
+        for seed in range(3):
+            runs.append(run_experiments.Run(experiment, seed, out, {}))
+            ap = (60 + 10 * row + 2 * seed) / 100
+            run_experiments.write(runs[-1].result, json.dumps({'coco/bbox_mAP': ap, 'coco/bbox_mAP_50': ap / 2}))
+    return runs
+
+
+def test_the_table_and_the_plot_have_every_experiment(tmp_path: Path) -> None:
+    chosen = run_experiments.SETS['stages']
+    text = run_experiments.report('stages', chosen, write_results(tmp_path, chosen), tmp_path)
+    rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in text.splitlines()]
+    assert rows[2] == ['Faster R-CNN', 'none', '62.0 ± 2.0', '31.0 ± 1.0', '3', '3.90', '', '']
+    assert rows[4] == [
+        'Faster R-CNN', 'c4-c5', '82.0 ± 2.0', '41.0 ± 1.0', '3', '4.08', '+20.0 (+15.5 to +24.5)', 'higher',
+    ]  # fmt: skip
+    assert len(rows) == 2 + 4
+    assert text in (tmp_path / 'stages.md').read_text()
+    assert (tmp_path / 'stages.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
+    experiment = run_experiments.SETS['stages'].experiments[0]
+    for _ in range(2):
+        run_experiments.Run(experiment, 0, tmp_path, {}).claim()
+    with pytest.raises(run_experiments.LaunchError, match='seed_0 has a run with other settings: pass another --out'):
+        run_experiments.Run(experiment, 0, tmp_path, {'train_cfg.max_epochs': 7}).claim()
+
+
+def test_a_stopped_command_leaves_no_process(folder: Path) -> None:
+    with started(folder) as process:
+        wait_for(lambda: list(folder.glob('out/runs/*/*/*/output.txt')), process)
+        process.terminate()
+        _, errors = process.communicate()
+        assert process.returncode == 1
+        assert errors.splitlines()[-1] == 'error: stopped; the same command goes on'
+        deadline = time.monotonic() + 60
+        while is_locked(folder):
+            assert time.monotonic() < deadline, 'a process still holds the lock'
+            time.sleep(0.05)
+
+
+def test_a_failing_run_is_named_with_the_place_of_its_last_words(tmp_path: Path) -> None:
+    options = {'train_dataloader.dataset.data_root': 'none/'}
+    run = run_experiments.Run(run_experiments.SETS['mnist_scenes'].experiments[0], 0, tmp_path, options)
+    run.claim()
+    message = rf'tools/train.py ended with status 1: its last words are in {run.folder}/output.txt'
+    with run_experiments.locked(tmp_path) as lock, pytest.raises(run_experiments.LaunchError, match=message):
+        asyncio.run(run_experiments.execute_all([run], 1, lock))
+    assert 'none/annotations/train.json does not exist' in (run.folder / 'output.txt').read_text().splitlines()[-1]
+    assert not run.result.exists()
+
+
+def test_an_empty_last_checkpoint_counts_for_none(tmp_path: Path) -> None:
+    run = run_experiments.Run(run_experiments.SETS['stages'].experiments[0], 0, tmp_path, {})
+    assert run.epochs_done() == 0
+    run.folder.mkdir(parents=True)
+    for text, epochs in (('', 0), (f'{run.folder}/epoch_5.pth', 5)):
+        (run.folder / 'last_checkpoint').write_text(text)
+        assert run.epochs_done() == epochs
+    run.result.touch()
+    assert run.epochs_done() == 6
+
+
+@pytest.mark.parametrize(
+    ('values', 'baseline', 'expected'),
+    [
+        ([60.0, 62.0, 64.0], [57.0, 59.0, 61.0], 'none shown'),
+        ([60.0, 62.0, 64.0], [50.0, 52.0, 54.0], 'higher'),
+        ([50.0, 52.0, 54.0], [60.0, 62.0, 64.0], 'lower'),
+    ],
+)
+def test_a_difference_has_the_interval_of_student_where_both_deviations_are_equal(
+    values: list[float], baseline: list[float], expected: str
+) -> None:
+    shift = np.mean(values) - np.mean(baseline)
+    # 2.776 is the 97.5th percentile of Student's t with 3 + 3 - 2 degrees of freedom.
+    half = 2.776 * np.sqrt(np.var(values, ddof=1) / 3 + np.var(baseline, ddof=1) / 3)
+    text, verdict = run_experiments.difference(values, baseline)
+    assert text == f'{shift:+.1f} ({shift - half:+.1f} to {shift + half:+.1f})'
+    assert verdict == expected
+
+
+def test_the_deviation_is_that_of_a_sample() -> None:
+    assert run_experiments.mean_and_deviation([60.0, 62.0, 64.0]) == '62.0 ± 2.0'
+
+
+@pytest.mark.parametrize('chosen', run_experiments.SETS.values(), ids=run_experiments.SETS)
+def test_the_runs_of_a_set_differ_in_folder_and_not_in_budget(chosen, tmp_path: Path) -> None:
+    runs = [run_experiments.Run(experiment, 0, tmp_path, {}) for experiment in chosen.experiments]
+    assert len({run.folder for run in runs}) == len(runs)
+    budgets = {json.dumps([run.cfg.to_dict()[key] for key in ('train_cfg', 'optim_wrapper')]) for run in runs}
+    assert len(budgets) == 1
+    assert {run.experiment.baseline for run in runs} - {None} <= {run.experiment for run in runs}
+
+
+def test_sets_share_the_runs_that_they_have_in_common(tmp_path: Path) -> None:
+    runs: dict[Path, list[run_experiments.Run]] = {}
+    for chosen in run_experiments.SETS.values():
+        for experiment in chosen.experiments:
+            run = run_experiments.Run(experiment, 0, tmp_path, {})
+            runs.setdefault(run.folder, []).append(run)
+    assert len(runs) == 22
+    shared = [same for same in runs.values() if len(same) > 1]
+    assert [len(same) for same in shared] == [3, 3]
+    assert all(run.cfg.to_dict() == same[0].cfg.to_dict() for same in shared for run in same)
