@@ -18,7 +18,7 @@ demo: $(WORK_DIR)/demo.png
 	@echo "Detections and sampling points: $(WORK_DIR)/demo.png"
 
 test: $(VENV)/core.stamp
-	@echo "== Testing, about 4 minutes on 2 cores =="
+	@echo "== Testing, about 10 minutes on 2 cores =="
 	$(BIN)/pytest
 
 # The same on OpenMMLab's own last releases, in an environment of their own.
