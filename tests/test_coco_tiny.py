@@ -67,7 +67,7 @@ def test_a_config_reads_the_photographs_small(folder: Path, name: str, monkeypat
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     assert len(dataset) == 4
     assert max(dataset[0]['inputs'].shape) <= 160
-    assert cfg.model.backbone.init_cfg is None
+    assert cfg.model.backbone.init_cfg == []
     assert Path(cfg.work_dir).name == name.split('/')[1]
 
 
