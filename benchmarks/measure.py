@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 Call = Callable[[], object]
+# Idle threads of ONNX Runtime and OpenMP look for work for a while, and so take a core from the next candidate.
+SETTLE_SECONDS = 0.2
 
 
 @dataclass
@@ -48,6 +50,8 @@ def measure(candidates: dict[str, Call], device: str, repeats: int, memory: bool
 
 def time_once(call: Call, device: str) -> float:
     synchronize(device)
+    if device == 'cpu':
+        time.sleep(SETTLE_SECONDS)
     start = time.perf_counter()
     call()
     synchronize(device)

@@ -2,6 +2,7 @@
 """The command-line tools, run as a user runs them, on a data set of a few scenes."""
 
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 import mnist_scenes
 import pytest
 import torch
+
+from mmdcn.engine.launch import mend_last_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py'
@@ -116,6 +119,38 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(trained: Path, scenes:
     expected = weights(trained / f'epoch_{EPOCHS}.pth')
     resumed = weights(tmp_path / f'epoch_{EPOCHS}.pth')
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+
+
+def test_a_kill_while_the_last_checkpoint_is_noted_loses_none(tmp_path: Path) -> None:
+    note = tmp_path / 'last_checkpoint'
+    mend_last_checkpoint(tmp_path)
+    assert not note.exists()
+    for second, name in enumerate(('epoch_9.pth', 'epoch_10.pth', 'best_epoch_9.pth')):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (second, second))
+    for before, after in (('', f'{tmp_path}/epoch_10.pth'), ('epoch_9.pth', 'epoch_9.pth')):
+        note.write_text(before)
+        mend_last_checkpoint(tmp_path)
+        assert note.read_text() == after
+
+
+class Call:
+    """Is pickled as a call."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(scenes: Path, tmp_path: Path) -> None:
+    torch.save({'state_dict': {}, 'meta': Call(os.mkdir, str(tmp_path / 'harm'))}, tmp_path / 'harm.pth')
+    result = run('test.py', CONFIG, tmp_path / 'harm.pth', '--work-dir', tmp_path, *options(scenes))
+    assert result.returncode == 1
+    assert 'error: the checkpoint named above holds posix.mkdir' in result.stderr
+    assert f'path: {tmp_path}/harm.pth' in result.stdout + result.stderr
+    assert not (tmp_path / 'harm').exists()
 
 
 def test_the_sampling_points_are_drawn(trained: Path, scenes: Path, tmp_path: Path) -> None:

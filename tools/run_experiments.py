@@ -181,9 +181,7 @@ class Run:
         Raises:
             LaunchError: If a process fails.
         """
-        last, final = self.folder / 'last_checkpoint', self.folder / f'epoch_{self.epochs}.pth'
-        if last.exists() and not last.read_text():  # killed while mmengine rewrote it
-            last.unlink()
+        final = self.folder / f'epoch_{self.epochs}.pth'
         await self._call('train.py', self.folder, ['--resume'], threads, lock)
         await self._call('test.py', self.folder / 'test', [final], threads, lock)
         metrics = max(self.folder.glob('test/*/*.json'))  # mmengine's, in folders named by their time

@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -13,6 +14,7 @@ from mmdcn.engine.launch import (
     build_runner,
     explained,
     load_config,
+    mend_last_checkpoint,
     run,
 )
 
@@ -53,6 +55,7 @@ def apply_arguments(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+        mend_last_checkpoint(Path(cfg.work_dir))
 
 
 def main() -> None:

@@ -41,7 +41,8 @@ constexpr int64_t kMaxTilePositions = 256;
 constexpr int64_t kBackwardTilePositions = 512;
 constexpr int64_t kChunkPositions = 4 * kBackwardTilePositions;
 constexpr int64_t kBlockChannels = 32;
-constexpr int64_t kCopyBytes = 9 << 20;  // of the copies of images at one time
+constexpr int64_t kCopyBytes = 9 << 20;   // of the copies of images at one time
+constexpr int64_t kBatchedChannels = 16;  // of groups that are multiplied all in one call
 
 struct Channels {
   int64_t begin, end;
@@ -245,17 +246,23 @@ class Forward {
         blocks_(channel_blocks(g, channels, channels.size())),
         outside_(channels.size(), E(0)) {
     const Tensor weight_taps = tap_major(g, weight, type);
+    if (in_one_batch()) {
+      const Channels out = out_channels(channels);
+      const auto out_rows = [&](const Tensor& t) { return slice(t, 0, out.begin, out.size()); };
+      const int64_t groups = channels.size() / g.group_in_channels(), columns = g.taps() * g.group_in_channels();
+      batch_.emplace(torch::stable::reshape(out_rows(weight_taps), {groups, g.group_out_channels(), columns}),
+                     bias ? std::optional(out_rows(values_as(*bias, type))) : std::nullopt);
+      return;
+    }
     for (int64_t begin = channels.begin; begin < channels.end; begin = products_.back().channels.end) {
-      const int64_t group = begin / g.group_in_channels(), in_group = begin % g.group_in_channels();
-      const Channels part{begin, std::min((group + 1) * g.group_in_channels(), channels.end)};
-      const auto of_group = [&](const Tensor& t) {
-        return slice(t, 0, group * g.group_out_channels(), g.group_out_channels());
-      };
-      const Tensor columns = slice(of_group(weight_taps), 2, in_group, part.size());
+      const Channels part = of_group(begin / g.group_in_channels()), out = out_channels(part);
+      const auto out_rows = [&](const Tensor& t) { return slice(t, 0, out.begin, out.size()); };
+      const int64_t in_group = begin % g.group_in_channels();
+      const Tensor columns = slice(out_rows(weight_taps), 2, in_group, part.size());
       const bool is_first = in_group == 0;
-      products_.push_back({group, part, is_first,
+      products_.push_back({part, is_first,
                            Linear(torch::stable::reshape(columns, {g.group_out_channels(), g.taps() * part.size()}),
-                                  bias && is_first ? std::optional(of_group(values_as(*bias, type))) : std::nullopt)});
+                                  bias && is_first ? std::optional(out_rows(values_as(*bias, type))) : std::nullopt)});
     }
   }
 
@@ -270,8 +277,9 @@ class Forward {
         const int64_t first = tile * tile_positions_, count = std::min(tile_positions_, positions - first);
         sampling.plan(first, count, samples.data());
         sample(rows, samples.data(), count, static_cast<E*>(columns.data_ptr()));
+        if (batch_) write(channels_, true, multiply_batch(columns, count), output, first);
         for (const Product& product : products_) {
-          write(product, multiply(product, columns, count), output, first, count);
+          write(product.channels, product.is_first, multiply(product, columns, count), output, first);
         }
       }
     });
@@ -280,7 +288,6 @@ class Forward {
  private:
   // Of the columns [tile_positions, K * channels] with a group's weight [C_out/groups, K * channels].
   struct Product {
-    int64_t group;
     Channels channels;
     bool is_first;  // of the group's
     Linear linear;
@@ -293,16 +300,35 @@ class Forward {
     return std::clamp(std::min(fitting, fair) / Linear::kRows * Linear::kRows, Linear::kRows, kMaxTilePositions);
   }
 
-  // Where in `columns` those of some channels begin, product by product.
+  // The sums of a batch are rounded to E before the bias is added, so E has to be T.
+  bool in_one_batch() const {
+    const int64_t size = g_.group_in_channels();
+    return std::is_same_v<E, T> && g_.groups > 1 && size <= kBatchedChannels && channels_.begin % size == 0 &&
+           channels_.end % size == 0;
+  }
+
+  // Those of a group that are among the channels.
+  Channels of_group(int64_t group) const {
+    const int64_t size = g_.group_in_channels();
+    return {std::max(group * size, channels_.begin), std::min((group + 1) * size, channels_.end)};
+  }
+
+  // Of the groups that the channels are of.
+  Channels out_channels(const Channels& channels) const {
+    const int64_t in = g_.group_in_channels(), out = g_.group_out_channels();
+    return {channels.begin / in * out, (channels.end + in - 1) / in * out};
+  }
+
+  // Where in `columns` those of a group begin.
   int64_t columns_before(int64_t channel) const { return tile_positions_ * g_.taps() * (channel - channels_.begin); }
 
   void sample(const Rows<E>& rows, const Sample<T>* samples, int64_t count, E* columns) const {
     for (int64_t i = 0; i < count; ++i) {
       for (const ChannelBlock& block : blocks_) {
-        const Channels& product = products_[block.group - blocks_.front().group].channels;
+        const Channels group = of_group(block.group);
         const Sample<T>* taps = samples + (i * g_.offset_groups + block.offset_group) * g_.taps();
-        E* out = columns + columns_before(product.begin) + i * g_.taps() * product.size() + block.begin - product.begin;
-        for (int64_t tap = 0; tap < g_.taps(); ++tap, out += product.size()) {
+        E* out = columns + columns_before(group.begin) + i * g_.taps() * group.size() + block.begin - group.begin;
+        for (int64_t tap = 0; tap < g_.taps(); ++tap, out += group.size()) {
           T weight[4];
           taps[tap].cell.weights(taps[tap].mask, weight);
           const Corners<E> corners(taps[tap].cell, rows, block.begin - channels_.begin, outside_.data());
@@ -314,16 +340,24 @@ class Forward {
 
   Tensor multiply(const Product& product, const Tensor& columns, int64_t count) const {
     const int64_t row = g_.taps() * product.channels.size();
-    const Tensor part = slice(columns, 1, columns_before(product.channels.begin), count * row);
-    return slice(product.linear(torch::stable::view(part, {count, row})), 0, 0, count);
+    const int64_t rows =
+        (count + Linear::kRows - 1) / Linear::kRows * Linear::kRows;  // no need to pad: the tile has them
+    const Tensor part = slice(columns, 1, columns_before(product.channels.begin), rows * row);
+    return slice(product.linear(torch::stable::view(part, {rows, row})), 0, 0, count);
   }
 
-  // [count, C_out/groups] to its place in the output.
-  void write(const Product& product, const Tensor& result, const Tensor& output, int64_t first, int64_t count) const {
-    const Tensor group = slice(output, 2, product.group * g_.group_out_channels(), g_.group_out_channels());
-    each_segment(group, first, count, [&](Tensor target, int64_t row) {
+  Tensor multiply_batch(const Tensor& columns, int64_t count) const {
+    const int64_t row = g_.taps() * g_.group_in_channels();
+    const Tensor groups = torch::stable::view(columns, {-1, tile_positions_, row});
+    return torch::stable::transpose((*batch_)(slice(groups, 1, 0, count)), 0, 1);
+  }
+
+  // What some channels give, [count, their output channels], to its place in the output.
+  void write(const Channels& channels, bool is_first, const Tensor& result, const Tensor& output, int64_t first) const {
+    const Channels out = out_channels(channels);
+    each_segment(slice(output, 2, out.begin, out.size()), first, result.size(0), [&](Tensor target, int64_t row) {
       const Tensor rows = slice(result, 0, row, target.size(0));
-      if (!product.is_first) add<E>(row_major(target, type_), rows);
+      if (!is_first) add<E>(row_major(target, type_), rows);
       torch::stable::copy_(target, rows);
     });
   }
@@ -333,8 +367,9 @@ class Forward {
   ScalarType type_;
   int64_t tile_positions_;
   std::vector<ChannelBlock> blocks_;
-  std::vector<Product> products_;  // of each group that the channels are of
-  std::vector<E> outside_;         // [channels], zeros
+  std::optional<BatchedLinear<T>> batch_;  // of all the groups
+  std::vector<Product> products_;          // or of each group that the channels are of
+  std::vector<E> outside_;                 // [channels], zeros
 };
 
 // What is faster on this processor: the type itself, or the one that is computed in.
@@ -478,7 +513,7 @@ class Backward {
     }
     if (needs_weight_) {
       const Tensor transposed = torch::stable::transpose(grad_output, 0, 1);
-      add<T>(call_torch("aten::mm", "", transposed, columns), grad_weights_[index]);
+      add<T>(mm(transposed, columns), grad_weights_[index]);
     }
   }
 

@@ -29,7 +29,7 @@ class Linear {
   // The result may have more rows than x: those after M mean nothing.
   Tensor operator()(const Tensor& x  // [M, K]
   ) const {                          // [M or more, N]
-    if (!packed_) return call_torch("aten::linear", "", x, weight_, bias_);
+    if (!packed_) return linear(x, weight_, bias_);
     const int64_t missing = (kRows - x.size(0) % kRows) % kRows;
     const std::vector<int64_t> no_scalars;
     return call_torch("mkldnn::_linear_pointwise", "", missing ? torch::stable::pad(x, {0, 0, 0, missing}) : x, weight_,
@@ -57,6 +57,33 @@ class Linear {
   }
 
   bool packed_;
+  Tensor weight_;
+  std::optional<Tensor> bias_;
+};
+
+// weight @ x^T + bias, for the small weights of many groups, where a call for each would take longer than its product.
+template <typename T>
+class BatchedLinear {
+ public:
+  BatchedLinear(const Tensor& weight,               // [groups, N, K]
+                const std::optional<Tensor>& bias)  // [groups * N]
+      : weight_(weight), bias_(bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt) {}
+
+  Tensor operator()(const Tensor& x  // [groups, M, K]
+  ) const {                          // [groups * N, M]
+    const Tensor product = bmm(weight_, torch::stable::transpose(x, 1, 2));
+    const int64_t rows = product.size(0) * product.size(1), columns = product.size(2);
+    for (int64_t row = 0; bias_ && row < rows; ++row) {
+      const T addend = static_cast<const T*>(bias_->data_ptr())[row];
+      T* values = static_cast<T*>(product.data_ptr()) + row * columns;
+      for (int64_t i = 0; i < columns; ++i) {
+        values[i] += addend;
+      }
+    }
+    return torch::stable::view(product, {rows, columns});
+  }
+
+ private:
   Tensor weight_;
   std::optional<Tensor> bias_;
 };

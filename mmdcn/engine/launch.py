@@ -4,10 +4,12 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import mmcv.ops
@@ -100,13 +102,20 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
 
 @contextmanager
 def explained(cfg: Config) -> Iterator[None]:
-    """Name the place in the config of a `type` that nothing knows: mmengine and mmcv do not.
+    """Name the place in the config of a `type` that nothing knows, and what a checkpoint should not hold.
 
     Raises:
-        LaunchError: Instead of a KeyError that such a `type` has caused.
+        LaunchError: Instead of the KeyError or UnpicklingError that such a thing has caused.
     """
     try:
         yield
+    except UnpicklingError as error:
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        what = found[1] if found else 'something other than tensors'
+        raise LaunchError(
+            f'the checkpoint named above holds {what}, and might run code when it is loaded. If you trust its source, '
+            "keep its weights alone: torch.save({'state_dict': torch.load(OLD, weights_only=False)['state_dict']}, NEW)"
+        ) from error
     except KeyError as error:
         scope = cfg.get('default_scope', 'mmengine')
         unknown = [_describe(place, name) for place, name in _unknown_types(cfg, scope)]
@@ -117,8 +126,22 @@ def explained(cfg: Config) -> Iterator[None]:
         ) from error
 
 
+def mend_last_checkpoint(work_dir: Path) -> None:
+    """Name the last checkpoint again where a kill has left the note of it empty, which mmengine rewrites in place.
+
+    The note is written after its checkpoint, so the newest one is whole.
+    """
+    note = work_dir / 'last_checkpoint'
+    if note.exists() and not note.read_text():
+        checkpoints = [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')]
+        beside = note.with_name(note.name + '.partial')
+        beside.write_text(str(max(checkpoints, key=lambda path: path.stat().st_mtime)))
+        beside.replace(note)
+
+
 def run(main: Callable[[], None]) -> int:
     """Run a tool, and print what a user can put right as one line instead of a traceback."""
+    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # onedl-mmengine would load anything else at the second try
     allow_mmengine_checkpoints()
     try:
         main()
