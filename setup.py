@@ -112,11 +112,11 @@ class BuildCore(BuildExtension):
         return folder
 
 
-def copy_mim(target: Path) -> None:
+def copy_mim(target: Path, *ignored: str) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for name in MIM:
         if Path(name).is_dir():
-            shutil.copytree(name, target / name, ignore=shutil.ignore_patterns('.*', '__pycache__'))
+            shutil.copytree(name, target / name, ignore=shutil.ignore_patterns('.*', '__pycache__', *ignored))
         else:
             shutil.copy(name, target)
 
@@ -140,11 +140,11 @@ class BuildPackage(build_py):
 
 
 class BuildWheel(bdist_wheel):
-    """Puts the same into the metadata: onedl-mim 0.5.1 looks beside a distribution's first file, which pip sorts."""
+    """Puts all but the weights into the metadata too: onedl-mim 0.5.1 looks there, as pip sorts a package's files."""
 
     def write_wheelfile(self, folder: str, *args: Any, **kwargs: Any) -> None:
         super().write_wheelfile(folder, *args, **kwargs)
-        copy_mim(Path(folder, '.mim'))
+        copy_mim(Path(folder, '.mim'), '*.pth')
 
 
 extensions = [cpu_extension(name, flags) for name, flags in INSTRUCTION_SETS.items()]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import coco_tiny
 import cv2
 import numpy as np
 import pytest
@@ -13,9 +14,6 @@ from mmdet.registry import DATASETS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from pycocotools.coco import COCO
-
-pytest.importorskip('skimage', reason='the photographs come with scikit-image')
-import coco_tiny
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/coco_tiny/coco_tiny.py'

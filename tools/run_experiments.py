@@ -146,7 +146,9 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        return self.extra_options | self.experiment.options | {'randomness.seed': self.seed}
+        # The test after the training takes the place of validations.
+        own = {'randomness.seed': self.seed, 'train_cfg.val_begin': sys.maxsize}
+        return self.extra_options | self.experiment.options | own
 
     @cached_property
     def cfg(self) -> Config:

@@ -5,4 +5,3 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 model = dict(bbox_head=dict(num_classes=1))
-auto_scale_lr = dict(base_batch_size=2)

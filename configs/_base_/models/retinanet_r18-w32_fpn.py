@@ -12,6 +12,7 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         norm_cfg=dict(type='BN', requires_grad=True),
         norm_eval=False,
+        zero_init_residual=False,
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=3),
     bbox_head=dict(
