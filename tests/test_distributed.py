@@ -16,6 +16,8 @@ import psutil
 import pytest
 import torch
 
+from mmdcn.checkpoints.safe_globals import load_training
+
 ROOT = Path(__file__).parents[1]
 EPOCHS = 6
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='two processes would need two GPUs')
@@ -96,8 +98,7 @@ def losses(log: Path) -> np.ndarray:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    # The checkpoints of these tests are their own; mmengine stores its log's objects beside the weights.
-    return torch.load(checkpoint, weights_only=False)['state_dict']
+    return load_training(checkpoint)['state_dict']
 
 
 @pytest.fixture(scope='module')

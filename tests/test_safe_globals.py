@@ -10,12 +10,7 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 
-from mmdcn.checkpoints.safe_globals import MMENGINE
-
-
-def load(path: Path) -> dict:
-    with torch.serialization.safe_globals(MMENGINE):
-        return torch.load(path, weights_only=True)
+from mmdcn.checkpoints.safe_globals import load_training
 
 
 def test_the_log_beside_the_weights_is_loaded_with_them(tmp_path: Path) -> None:
@@ -24,7 +19,7 @@ def test_the_log_beside_the_weights_is_loaded_with_them(tmp_path: Path) -> None:
         hub.update_scalar('train/loss', loss)
     hub.update_info('epoch', np.int64(2))
     torch.save({'state_dict': {'weight': torch.arange(3)}, 'message_hub': hub.state_dict()}, tmp_path / 'epoch.pth')
-    checkpoint = load(tmp_path / 'epoch.pth')
+    checkpoint = load_training(tmp_path / 'epoch.pth')
     assert checkpoint['state_dict']['weight'].tolist() == [0, 1, 2]
     loss = checkpoint['message_hub']['log_scalars']['train/loss']
     assert (loss.min(), loss.max(), loss.current()) == (1, 3, 1)
@@ -45,4 +40,4 @@ class Call:
 def test_no_other_thing_is_loaded(harm: Call, tmp_path: Path) -> None:
     torch.save({'harm': harm}, tmp_path / 'harm.pth')
     with pytest.raises((pickle.UnpicklingError, KeyError)):
-        load(tmp_path / 'harm.pth')
+        load_training(tmp_path / 'harm.pth')

@@ -16,6 +16,7 @@ import mnist_scenes
 import pytest
 import torch
 
+from mmdcn.checkpoints.safe_globals import load_training
 from mmdcn.engine.launch import mend_last_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +56,7 @@ def run(tool: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    # The checkpoints of these tests are their own; mmengine stores its log's objects beside the weights.
-    return torch.load(checkpoint, weights_only=False)['state_dict']
+    return load_training(checkpoint)['state_dict']
 
 
 @pytest.fixture(scope='session')

@@ -22,6 +22,7 @@ from mmengine.runner import load_checkpoint
 
 import mmdcn
 from mmdcn import zoo
+from mmdcn.checkpoints.safe_globals import load_training
 from mmdcn.engine.launch import run
 
 ROOT = Path(__file__).parents[1]
@@ -129,8 +130,7 @@ def filename(entry: dict) -> str:
 def test_a_published_checkpoint_has_the_averaged_weights_in_half_and_no_more_than_their_use_needs(
     package: Package, trained: Path, entry: dict
 ) -> None:
-    # The training is this test's own; mmengine stores its log's objects beside the weights.
-    training = torch.load(trained, weights_only=False)
+    training = load_training(trained)
     published = torch.load(package.config.with_name(filename(entry)), weights_only=True)
     averaged = {key: value for key, value in training['ema_state_dict'].items() if key.startswith('module.')}
     assert any(not torch.equal(value, training['state_dict'][key[7:]]) for key, value in averaged.items())
@@ -178,7 +178,7 @@ def test_what_would_not_work_is_not_published(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    checkpoint = torch.load(trained, weights_only=False)
+    checkpoint = load_training(trained)
     words = spoil(checkpoint)
     torch.save(checkpoint, tmp_path / 'spoilt.pth')
     assert tool(PUBLISH, package.config, tmp_path / 'spoilt.pth', '--half', '--out-dir', tmp_path / 'out') == 1

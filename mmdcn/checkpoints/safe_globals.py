@@ -2,6 +2,7 @@
 """What may lie beside the weights in a checkpoint that `torch.load(weights_only=True)` reads."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import mmengine.runner.checkpoint
 import numpy as np
@@ -36,3 +37,13 @@ def allow_mmengine_checkpoints() -> None:
     """
     if not hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
         torch.serialization.add_safe_globals(MMENGINE)
+
+
+def load_training(path: Path) -> dict:
+    """Load a checkpoint of a training by mmengine, the history of its log included.
+
+    Raises:
+        pickle.UnpicklingError: If it holds anything else that is not data.
+    """
+    with torch.serialization.safe_globals(MMENGINE):
+        return torch.load(path, map_location='cpu', weights_only=True)

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmdcn import zoo
-from mmdcn.checkpoints.safe_globals import MMENGINE
+from mmdcn.checkpoints.safe_globals import load_training
 from mmdcn.engine.launch import LaunchError, run
 from mmdcn.version import __version__
 
@@ -31,8 +31,7 @@ def parse_args() -> argparse.Namespace:
 
 def load(path: Path) -> dict:
     try:
-        with torch.serialization.safe_globals(MMENGINE):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = load_training(path)
         return {'state_dict': checkpoint['state_dict'], 'classes': checkpoint['meta']['dataset_meta']['classes']}
     except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise LaunchError(f'{path} is no checkpoint of a training by MMEngine: {error}') from error
