@@ -340,8 +340,8 @@ class Forward {
 
   Tensor multiply(const Product& product, const Tensor& columns, int64_t count) const {
     const int64_t row = g_.taps() * product.channels.size();
-    const int64_t rows =
-        (count + Linear::kRows - 1) / Linear::kRows * Linear::kRows;  // no need to pad: the tile has them
+    // The tile has these many, so there is nothing to pad.
+    const int64_t rows = (count + Linear::kRows - 1) / Linear::kRows * Linear::kRows;
     const Tensor part = slice(columns, 1, columns_before(product.channels.begin), rows * row);
     return slice(product.linear(torch::stable::view(part, {rows, row})), 0, 0, count);
   }
