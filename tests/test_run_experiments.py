@@ -18,7 +18,8 @@ import mnist_scenes
 import numpy as np
 import pytest
 
-TOOL = Path(__file__).parents[1] / 'tools/run_experiments.py'
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / 'tools/run_experiments.py'
 SPEC = importlib.util.spec_from_file_location('run_experiments', TOOL)
 run_experiments = importlib.util.module_from_spec(SPEC)
 sys.modules['run_experiments'] = run_experiments  # where its dataclasses look for their annotations
@@ -93,8 +94,8 @@ def test_a_killed_set_goes_on_and_reports_every_run(folder: Path) -> None:
     assert '4/4' in progress
     assert (runs / 'seed_0/result.json').stat().st_mtime_ns == first
     results = [json.loads((runs / f'seed_{seed}/result.json').read_text()) for seed in (0, 1)]
-    (record,) = json.loads((folder / 'out/mnist_scenes.json').read_text())
-    assert record['AP50'] == [100 * result['coco/bbox_mAP_50'] for result in results]
+    ap50 = run_experiments.mean_and_deviation([100 * result['coco/bbox_mAP_50'] for result in results])
+    assert f'| {ap50} |' in ' '.join(output.split())
     assert sorted(path.name for path in runs.glob('*/*.pth')) == ['epoch_2.pth'] * 2
     assert (folder / 'out/mnist_scenes.md').read_text().startswith(output[output.index('|') :].strip())
 
@@ -208,3 +209,20 @@ def test_sets_share_the_runs_that_they_have_in_common(tmp_path: Path) -> None:
     shared = [same for same in runs.values() if len(same) > 1]
     assert [len(same) for same in shared] == [3, 3]
     assert all(run.cfg.to_dict() == same[0].cfg.to_dict() for same in shared for run in same)
+
+
+def kept_runs(chosen: run_experiments.ExperimentSet) -> list[run_experiments.Run]:
+    """Give the runs of a set whose results the repository keeps."""
+    runs = [run_experiments.Run(e, seed, ROOT / 'experiments', {}) for seed in range(3) for e in chosen.experiments]
+    return runs if all(run.result.exists() for run in runs) else []
+
+
+@pytest.mark.parametrize('name', [name for name, chosen in run_experiments.SETS.items() if kept_runs(chosen)])
+def test_the_pages_have_the_tables_of_the_kept_results(name: str, tmp_path: Path) -> None:
+    chosen = run_experiments.SETS[name]
+    runs = kept_runs(chosen)
+    for run in runs:
+        run.claim()  # fails if its config has changed since
+    text = run_experiments.report(name, chosen, runs, tmp_path)
+    assert (ROOT / f'experiments/{name}.md').read_text() == (tmp_path / f'{name}.md').read_text()
+    assert text in (ROOT / 'configs' / Path(chosen.experiments[0].config).with_name('README.md')).read_text()

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train and test a set of experiments with several seeds each, and write their table and plot.
+"""Train and test sets of experiments with several seeds each, and write their tables and plots.
 
 Stopped at any point, even by SIGKILL, the same command goes on: finished runs stay as they are, and a broken-off one
 continues from its last checkpoint. Sets share the runs that they have in common.
 
-    OUT/SET.md, SET.png, SET.json      the table, the plot, every seed's figures
-    OUT/runs/DATA/CONFIG/seed_K/       one run; its result.json appears when it is finished
+    OUT/SET.md, SET.png                the table, the plot
+    OUT/runs/DATA/CONFIG/seed_K/       one run: result.json appears when it is finished; settings.sha256 is of its config
 
-Each run has cores divided by --jobs threads; with another number of them its last bits may differ.
+A result is not measured again, so where a repository keeps result.json and settings.sha256, the command prints the
+tables at once, and trains what is missing. Each run has cores divided by --jobs threads; with another number of them
+its last bits may differ.
 """
 
 import argparse
 import asyncio
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -172,10 +175,12 @@ class Run:
         Raises:
             LaunchError: If the folder has a run with other settings.
         """
-        settings, noted = json.dumps(self.cfg.to_dict(), indent=1), self.folder / 'settings.json'
-        if noted.exists() and noted.read_text() != settings:
+        settings = hashlib.sha256(json.dumps(self.cfg.to_dict()).encode()).hexdigest()
+        noted = self.folder / 'settings.sha256'
+        if not noted.exists():
+            write(noted, settings)
+        elif noted.read_text() != settings:
             raise LaunchError(f'{self.folder} has a run with other settings: pass another --out, or delete the folder')
-        write(noted, settings)
 
     async def execute(self, threads: int, lock: int) -> None:
         """Train, test and keep the metrics, in processes that hold the lock, and die if this is cancelled.
@@ -309,7 +314,7 @@ def plot(chosen: ExperimentSet, figures: Figures, path: Path) -> None:
 
 
 def report(name: str, chosen: ExperimentSet, runs: list[Run], out: Path) -> str:
-    """Write the table, the plot and the figures; give the table."""
+    """Write the table and the plot; give the table."""
     figures: Figures = {experiment: {metric: [] for metric in METRICS} for experiment in chosen.experiments}
     for run in runs:
         result = json.loads(run.result.read_text())
@@ -317,12 +322,7 @@ def report(name: str, chosen: ExperimentSet, runs: list[Run], out: Path) -> str:
             figures[run.experiment][metric].append(100 * result[key])
     parameters = {run.experiment: count_parameters(run.cfg) for run in runs if run.seed == 0}
     text = table(chosen, figures, parameters)
-    records = [
-        dict(series=e.series, x=e.x, config=e.config, data=e.data.name, parameters=parameters[e], **values)
-        for e, values in figures.items()
-    ]
     write(out / f'{name}.md', f'{text}\n{NOTE}')
-    write(out / f'{name}.json', json.dumps(records, indent=1))
     plot(chosen, figures, out / f'{name}.png')
     return text
 
@@ -331,10 +331,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('set', choices=SETS, help='what to compare')
+    parser.add_argument('sets', nargs='+', choices=[*SETS, 'all'], help='what to compare')
     parser.add_argument('--seeds', type=int, default=3, help='runs of each experiment, with the seeds 0, 1, ...')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/experiments'), help='folder for all that is made')
+    parser.add_argument('--out', type=Path, default=Path('experiments'), help='folder for all that is made')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -351,16 +351,19 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    chosen = SETS[args.set]
-    runs = [Run(e, seed, args.out, args.cfg_options) for seed in range(args.seeds) for e in chosen.experiments]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that both take the runs down with them
     try:
         with locked(args.out) as lock:
-            for run in runs:
-                run.claim()
-                prepare(run.experiment)
-            asyncio.run(execute_all(runs, args.jobs, lock))
-            print(report(args.set, chosen, runs, args.out))
+            for name in SETS if 'all' in args.sets else args.sets:
+                chosen = SETS[name]
+                seeds = range(args.seeds)
+                runs = [Run(e, seed, args.out, args.cfg_options) for seed in seeds for e in chosen.experiments]
+                for run in runs:
+                    run.claim()
+                    if not run.result.exists():
+                        prepare(run.experiment)
+                asyncio.run(execute_all(runs, args.jobs, lock))
+                print(f'\n{name}\n\n{report(name, chosen, runs, args.out)}', flush=True)
     except KeyboardInterrupt:
         raise LaunchError('stopped; the same command goes on') from None
 
