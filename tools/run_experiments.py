@@ -5,7 +5,7 @@ Stopped at any point, even by SIGKILL, the same command goes on: finished runs s
 continues from its last checkpoint. Sets share the runs that they have in common.
 
     OUT/SET.md, SET.png                the table, the plot
-    OUT/runs/DATA/CONFIG/seed_K/       one run: result.json appears when it is finished; settings.sha256 is of its config
+    OUT/runs/DATA/CONFIG/seed_K/       one run: settings.sha256 of its config; when it is finished, result.json
 
 A result is not measured again, so where a repository keeps result.json and settings.sha256, the command prints the
 tables at once, and trains what is missing. Each run has cores divided by --jobs threads; with another number of them
