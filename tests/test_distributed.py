@@ -57,6 +57,10 @@ default_hooks = dict(logger=dict(interval=1))
 SHARDED = f"""
 _base_ = ['detector.py', '{ROOT}/configs/_base_/strategies/fsdp.py']
 """
+DEEPSPEED = f"""
+_base_ = ['detector.py', '{ROOT}/configs/_base_/strategies/deepspeed.py']
+optim_wrapper = dict(type='DeepSpeedOptimWrapper')
+"""
 
 
 @pytest.fixture(scope='module')
@@ -66,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = folder / 'data/mnist_scenes'
     # 5 test images: one process has more of them than the other.
     assert mnist_scenes.main(['--out-dir', str(data), '--num-train', '8', '--num-test', '5', '--size', '96']) == 0
-    for name, config in {'detector': CONFIG, 'sharded': SHARDED}.items():
+    for name, config in {'detector': CONFIG, 'sharded': SHARDED, 'deepspeed': DEEPSPEED}.items():
         (folder / f'{name}.py').write_text(config)
     return folder
 
@@ -161,3 +165,15 @@ def test_sharded_parameters_learn_as_whole_ones_and_resume(folder: Path, two: Pa
     # To the bit: the mean over two processes is the same sum in either order.
     assert sharded.keys() == expected.keys()
     assert all(torch.equal(sharded[key], expected[key]) for key in expected)
+
+
+def test_deepspeed_learns_as_distributed_data_parallel_and_resumes_and_tests(folder: Path, two: Path) -> None:
+    command = ('dist_train.sh', 'deepspeed.py', 2, '--resume', '--work-dir', 'deepspeed')
+    run(folder, *command, '--cfg-options', 'train_cfg.max_epochs=2')
+    assert 'resumed epoch: 2' in run(folder, *command)
+    expected = weights(two / f'epoch_{EPOCHS}.pth')
+    checkpoint = folder / f'deepspeed/epoch_{EPOCHS}.pth'
+    learned = load_training(checkpoint / 'mp_rank_00_model_states.pt')['module']
+    assert learned.keys() == expected.keys()
+    assert all(torch.equal(learned[key], expected[key]) for key in expected)
+    assert '| coco/bbox_mAP ' in run(folder, 'dist_test.sh', 'deepspeed.py', checkpoint, 2)

@@ -73,7 +73,7 @@ def print_table(metrics: dict[str, float]) -> None:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
-    if not Path(args.checkpoint).is_file() and '://' not in args.checkpoint:
+    if not Path(args.checkpoint).exists() and '://' not in args.checkpoint:
         try:
             args.checkpoint = zoo.find(args.checkpoint).weights
         except zoo.ZooError as error:

@@ -4,9 +4,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import mmengine.runner.checkpoint
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
 # numpy's arrays and scalars are made by these, which make nothing else. numpy 1 had them under another name.
@@ -27,16 +27,16 @@ def _statistic(_: type[HistoryBuffer], name: str) -> Callable:
     return HistoryBuffer()._statistics_methods[name]
 
 
-MMENGINE = [*NUMPY, HistoryBuffer, (_statistic, 'builtins.getattr')]
+MMENGINE = [*NUMPY, ConfigDict, HistoryBuffer, (_statistic, 'builtins.getattr')]
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let torch 2.6 and later resume from checkpoints of mmengine 0.10.7, which hold the history of the log.
+    """Let torch 2.6 and later resume from checkpoints that hold mmengine's objects, with `weights_only` True as ever.
 
-    That release knows nothing of `weights_only`, which stays True; onedl-mmengine, its maintained fork, allows for it.
+    mmengine 0.10.7 keeps the history of its log in them and allows for nothing. onedl-mmengine, its maintained fork,
+    allows for that; but DeepSpeed loads its checkpoints itself, and they hold its settings in mmengine's ConfigDict too.
     """
-    if not hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
-        torch.serialization.add_safe_globals(MMENGINE)
+    torch.serialization.add_safe_globals(MMENGINE)
 
 
 def load_training(path: Path) -> dict:
