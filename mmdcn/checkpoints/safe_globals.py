@@ -34,7 +34,7 @@ def allow_mmengine_checkpoints() -> None:
     """Let torch 2.6 and later resume from checkpoints that hold mmengine's objects, with `weights_only` True as ever.
 
     mmengine 0.10.7 keeps the history of its log in them and allows for nothing. onedl-mmengine, its maintained fork,
-    allows for that; but DeepSpeed loads its checkpoints itself, and they hold its settings in mmengine's ConfigDict too.
+    allows for that; but DeepSpeed loads its checkpoints itself, and they hold its settings, an mmengine.ConfigDict.
     """
     torch.serialization.add_safe_globals(MMENGINE)
 
