@@ -95,9 +95,10 @@ $(VENV)/openmmlab.stamp: requirements/build.txt $(OPENMMLAB)
 	MMCV_WITH_OPS=1 $(PIP) install --no-build-isolation -r $(OPENMMLAB)
 	touch $@
 
-$(VENV)/core.stamp: $(VENV)/openmmlab.stamp requirements/dev.txt setup.py pyproject.toml $(shell find csrc -type f)
+$(VENV)/core.stamp: $(VENV)/openmmlab.stamp requirements/dev.txt requirements/deepspeed.txt setup.py pyproject.toml $(shell find csrc -type f)
 	@echo "== Building mmdcn's core, about a minute =="
 	$(PIP) install -r requirements/dev.txt
+	$(PIP) install --no-deps --upgrade --target $(VENV)/deepspeed -r requirements/deepspeed.txt
 	$(PIP) install --no-build-isolation --editable .
 	touch $@
 

@@ -80,13 +80,16 @@ def start(folder: Path, tool: str, *arguments: object) -> subprocess.Popen:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    env = {**os.environ, 'PATH': path, 'PORT': str(port), 'OMP_NUM_THREADS': '1'}
+    if 'deepspeed.py' in arguments:
+        env['PYTHONPATH'] = f'{Path(sys.prefix, "deepspeed")}{os.pathsep}{env.get("PYTHONPATH", "")}'
     return subprocess.Popen(
         [*([sys.executable] if tool.endswith('.py') else []), ROOT / 'tools' / tool, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=folder,
-        env={**os.environ, 'PATH': path, 'PORT': str(port), 'OMP_NUM_THREADS': '1'},
+        env=env,
     )
 
 
