@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -266,6 +266,15 @@ async def execute_all(runs: list[Run], jobs: int, lock: int) -> None:
         raise LaunchError('\n'.join(failures))
 
 
+def train(runs: list[Run], jobs: int, lock: int) -> None:
+    """Make what the runs need, and execute those that are not finished."""
+    for run in runs:
+        run.claim()
+        if not run.result.exists():
+            prepare(run.experiment)
+    asyncio.run(execute_all(runs, jobs, lock))
+
+
 def count_parameters(cfg: Config) -> int:
     register_all_modules()
     with torch.device('meta'):
@@ -290,7 +299,7 @@ def table(chosen: ExperimentSet, figures: Figures, parameters: dict[Experiment, 
     rows = []
     for experiment, values in figures.items():
         compared = ('', '')
-        if experiment.baseline is not None:
+        if experiment.baseline in figures:
             compared = difference(values['AP'], figures[experiment.baseline]['AP'])
         cells = [mean_and_deviation(values[metric]) for metric in METRICS]
         size = f'{parameters[experiment] / 1e6:.2f}'
@@ -304,7 +313,8 @@ def plot(chosen: ExperimentSet, figures: Figures, path: Path) -> None:
     for series in dict.fromkeys(experiment.series for experiment in figures):
         points = {e.x: values['AP'] for e, values in figures.items() if e.series == series}
         means, deviations = ([f(values) for values in points.values()] for f in (np.mean, partial(np.std, ddof=1)))
-        ax.errorbar(list(points), means, deviations, marker='o', capsize=4, label=series)
+        line = '-' if all(isinstance(x, float) for x in points) else 'none'
+        ax.errorbar(list(points), means, deviations, marker='o', linestyle=line, capsize=4, label=series)
     seeds = len(next(iter(figures.values()))['AP'])
     ax.set(xlabel=chosen.x_label, ylabel=f'box AP (%), mean ± standard deviation, {seeds} seeds')
     ax.legend(title=chosen.series_label)
@@ -313,15 +323,33 @@ def plot(chosen: ExperimentSet, figures: Figures, path: Path) -> None:
     plt.close(figure)
 
 
+def finished(runs: list[Run]) -> Figures:
+    """Read the figures of the experiments of which every run is finished.
+
+    Raises:
+        LaunchError: If one has other settings.
+    """
+    figures: Figures = {}
+    for experiment in dict.fromkeys(run.experiment for run in runs):
+        own = [run for run in runs if run.experiment == experiment]
+        if all(run.result.exists() for run in own):
+            for run in own:
+                run.claim()
+            metrics = [json.loads(run.result.read_text()) for run in own]
+            figures[experiment] = {name: [100 * values[key] for values in metrics] for name, key in METRICS.items()}
+    return figures
+
+
 def report(name: str, chosen: ExperimentSet, runs: list[Run], out: Path) -> str:
-    """Write the table and the plot; give the table."""
-    figures: Figures = {experiment: {metric: [] for metric in METRICS} for experiment in chosen.experiments}
-    for run in runs:
-        result = json.loads(run.result.read_text())
-        for metric, key in METRICS.items():
-            figures[run.experiment][metric].append(100 * result[key])
-    parameters = {run.experiment: count_parameters(run.cfg) for run in runs if run.seed == 0}
-    text = table(chosen, figures, parameters)
+    """Write the table and the plot of what is finished; give the table.
+
+    Raises:
+        LaunchError: If nothing is.
+    """
+    figures = finished(runs)
+    if not figures:
+        raise LaunchError(f'no experiment of {name} is finished with all its seeds')
+    text = table(chosen, figures, {run.experiment: count_parameters(run.cfg) for run in runs if run.seed == 0})
     write(out / f'{name}.md', f'{text}\n{NOTE}')
     plot(chosen, figures, out / f'{name}.png')
     return text
@@ -334,6 +362,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('sets', nargs='+', choices=[*SETS, 'all'], help='what to compare')
     parser.add_argument('--seeds', type=int, default=3, help='runs of each experiment, with the seeds 0, 1, ...')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
+    parser.add_argument('--report', action='store_true', help='print what is finished, and train nothing')
     parser.add_argument('--out', type=Path, default=Path('experiments'), help='folder for all that is made')
     parser.add_argument(
         '--cfg-options',
@@ -353,16 +382,13 @@ def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that both take the runs down with them
     try:
-        with locked(args.out) as lock:
+        with nullcontext() if args.report else locked(args.out) as lock:
             for name in SETS if 'all' in args.sets else args.sets:
                 chosen = SETS[name]
                 seeds = range(args.seeds)
                 runs = [Run(e, seed, args.out, args.cfg_options) for seed in seeds for e in chosen.experiments]
-                for run in runs:
-                    run.claim()
-                    if not run.result.exists():
-                        prepare(run.experiment)
-                asyncio.run(execute_all(runs, args.jobs, lock))
+                if lock is not None:
+                    train(runs, args.jobs, lock)
                 print(f'\n{name}\n\n{report(name, chosen, runs, args.out)}', flush=True)
     except KeyboardInterrupt:
         raise LaunchError('stopped; the same command goes on') from None
