@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -278,7 +279,7 @@ def train(runs: list[Run], jobs: int, lock: int) -> None:
 def count_parameters(cfg: Config) -> int:
     register_all_modules()
     with torch.device('meta'):
-        return sum(parameter.numel() for parameter in MODELS.build(cfg.model).parameters())
+        return sum(parameter.numel() for parameter in MODELS.build(deepcopy(cfg.model)).parameters())
 
 
 def mean_and_deviation(values: list[float]) -> str:
