@@ -26,7 +26,7 @@ test-openmmlab:
 	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
 
 # Every checkpoint of the zoo gives the average precision that its metafile says.
-zoo-check: $(VENV)/core.stamp
+zoo-check: $(VENV)/core.stamp data/mnist_scenes
 	$(BIN)/python tools/zoo_check.py
 
 lint: $(VENV)/core.stamp

@@ -19,6 +19,8 @@ CALLS = {name: CASES[name] for name in ('everything at once', 'depthwise', 'grou
 CALLS['neither'] = CASES['neither']
 # One that a warp moves over in vectors, with lanes to spare.
 CALLS['wide'] = Case((48, 6), (5, 7), (3, 2), padding=(1, 1), groups=2, offset_groups=2)
+# One whose taps are those of two thread blocks.
+CALLS['many taps'] = Case((8, 2), (6, 5), (2, 7), padding=(1, 3), offset_groups=2)
 # Of input, offset and weight; one without a mask has no other gradient in the last row.
 NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

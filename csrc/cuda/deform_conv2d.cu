@@ -16,6 +16,7 @@ namespace mmdcn {
 namespace {
 
 constexpr int64_t kTileBytes = 64 << 20;
+constexpr int64_t kMinTilePositions = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -61,7 +62,7 @@ class Tiles {
     STD_TORCH_CHECK(g.positions() <= INT32_MAX && g.in_channels <= INT32_MAX && g.taps() * g.offset_groups <= INT32_MAX,
                     "an image must have fewer than 2^31 channels, samples per position and output positions");
     const int64_t bytes = g.taps() * g.in_channels * (int64_t{sizeof(scalar_t)} + workspace);  // of one position
-    const int64_t tiles = ceil_div(total(), std::max<int64_t>(kTileBytes / bytes, Sampling<scalar_t>::kBlockItems));
+    const int64_t tiles = ceil_div(total(), std::max(kTileBytes / bytes, kMinTilePositions));
     positions_ = tiles == 0 ? 0 : ceil_div(total(), tiles);
     columns_ = empty_buffer(input, input.scalar_type(), positions_ * g.taps() * g.in_channels);
   }

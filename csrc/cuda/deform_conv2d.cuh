@@ -10,7 +10,8 @@
 //   backward:  columns = grad_output x weight;               grad_offset, grad_mask, grad_input from them; then
 //              columns = samples, in the place of their gradient;  grad_weight += grad_output^T x columns
 //
-// A thread block works on 32 positions of one tap of one offset group:
+// A thread block works on all taps, if they are at most 9, of adjacent positions, for one offset group. Their samples
+// share most of their pixels, which so come from the multiprocessor's own cache (benchmarks/gpu_floor.py counts them):
 //
 //   1. each of its first threads locates one sample, so that the offsets of adjacent positions are read together
 //   2. then the lanes of a group, at most a warp, share a sample: they move over its channels in 16-byte vectors
@@ -81,11 +82,14 @@ template <typename T>
 struct Sample {
   BilinearCell<T> cell;  // in pixels of the batch
   T mask;
+  uint32_t position, tap;  // position of the tile
 };
 
-// The samples of a thread block: one tap of one offset group at positions first, first + 1, ... of the tile.
+// The samples of a thread block: some taps of one offset group at some positions of the tile.
 struct Block {
-  uint32_t offset_group, tap, first, count;
+  uint32_t offset_group, first_tap, taps, first_position, positions;
+
+  C10_HOST_DEVICE uint32_t count() const { return taps * positions; }
 };
 
 // Where a tile samples, and into which columns.
@@ -94,7 +98,7 @@ struct Sampling {
   using T = compute_t<scalar_t>;
   using Item = Sample<T>;
 
-  static constexpr uint32_t kBlockItems = 32;
+  static constexpr uint32_t kBlockTaps = 9, kBlockItems = 8 * kBlockTaps;
 
   ConvGeometry geometry;
   uint32_t taps, positions, out_width, groups, group_channels, offset_groups, offset_group_channels;  // of geometry
@@ -105,14 +109,22 @@ struct Sampling {
   Tile tile;
   scalar_t* columns;  // [groups, tile.count, K, C_in/groups]
 
+  C10_HOST_DEVICE uint32_t block_taps() const { return taps < kBlockTaps ? taps : kBlockTaps; }
+  C10_HOST_DEVICE uint32_t block_positions() const { return kBlockItems / block_taps(); }
+
+  // Of one offset group at the same positions.
+  C10_HOST_DEVICE uint32_t tap_blocks() const { return (taps + block_taps() - 1) / block_taps(); }
+
   C10_HOST_DEVICE uint32_t blocks() const {
-    return (tile.count + kBlockItems - 1) / kBlockItems * offset_groups * taps;
+    return (tile.count + block_positions() - 1) / block_positions() * offset_groups * tap_blocks();
   }
 
   C10_HOST_DEVICE Block block(uint32_t index) const {
-    const uint32_t samples = offset_groups * taps, sample = index % samples;
-    const uint32_t first = index / samples * kBlockItems, rest = tile.count - first;
-    return {sample / taps, sample % taps, first, rest < kBlockItems ? rest : kBlockItems};
+    const uint32_t first_tap = index % tap_blocks() * block_taps(), rest_taps = taps - first_tap;
+    const uint32_t offset_group = index / tap_blocks() % offset_groups;
+    const uint32_t first = index / tap_blocks() / offset_groups * block_positions(), rest = tile.count - first;
+    return {offset_group, first_tap, rest_taps < block_taps() ? rest_taps : block_taps(), first,
+            rest < block_positions() ? rest : block_positions()};
   }
 
   // Position i of the tile.
@@ -123,13 +135,14 @@ struct Sampling {
 
   // Sample i of the block.
   C10_HOST_DEVICE Sample<T> item(const Block& block, uint32_t i) const {
-    const Position at = position(block.first + i);
-    const uint32_t channel = block.offset_group * taps + block.tap;
-    const T y = static_cast<T>(geometry.regular_y(at.out_y, block.tap)) +
+    const uint32_t in_tile = block.first_position + i % block.positions, tap = block.first_tap + i / block.positions;
+    const Position at = position(in_tile);
+    const uint32_t channel = block.offset_group * taps + tap;
+    const T y = static_cast<T>(geometry.regular_y(at.out_y, tap)) +
                 offset.at(at.image, 2 * int64_t{channel}, at.out_y, at.out_x);
-    const T x = static_cast<T>(geometry.regular_x(at.out_x, block.tap)) +
+    const T x = static_cast<T>(geometry.regular_x(at.out_x, tap)) +
                 offset.at(at.image, 2 * int64_t{channel} + 1, at.out_y, at.out_x);
-    Sample<T> sample{locate(geometry.height, geometry.width, y, x), static_cast<T>(1)};
+    Sample<T> sample{locate(geometry.height, geometry.width, y, x), static_cast<T>(1), in_tile, tap};
     if (mask.data) sample.mask = mask.at(at.image, channel, at.out_y, at.out_x);
     const int64_t first_pixel = at.image * geometry.height * geometry.width;
     for (int64_t& pixel : sample.cell.pixel) {
@@ -138,10 +151,10 @@ struct Sampling {
     return sample;
   }
 
-  C10_HOST_DEVICE scalar_t* column(const Block& block, uint32_t i, uint32_t channel) const {
+  C10_HOST_DEVICE scalar_t* column(const Sample<T>& sample, uint32_t channel) const {
     const uint32_t group = groups == 1 ? 0 : channel / group_channels;
-    const int64_t row = int64_t{group} * tile.count + block.first + i;
-    return columns + (row * taps + block.tap) * group_channels + (channel - group * group_channels);
+    const int64_t row = int64_t{group} * tile.count + sample.position;
+    return columns + (row * taps + sample.tap) * group_channels + (channel - group * group_channels);
   }
 };
 
@@ -178,13 +191,13 @@ struct SampleColumns : Sampling<scalar_t> {
   C10_HOST_DEVICE uint32_t shares() const { return this->offset_group_channels / kVector; }
 
   template <typename Lanes>
-  C10_HOST_DEVICE void run(const Sample<T>& sample, const Block& block, uint32_t i, const Lanes& lanes) const {
+  C10_HOST_DEVICE void run(const Sample<T>& sample, const Block& block, const Lanes& lanes) const {
     T weight[4];
     sample.cell.weights(sample.mask, weight);
     for (uint32_t c = lanes.index * kVector; c < this->offset_group_channels; c += lanes.count * kVector) {
       const uint32_t channel = block.offset_group * this->offset_group_channels + c;
       const Corners<scalar_t, kVector> corners(*this, sample.cell, channel);
-      corners.blend(weight).store(this->column(block, i, channel));
+      corners.blend(weight).store(this->column(sample, channel));
     }
   }
 };
@@ -211,24 +224,24 @@ struct BackpropagateColumns : Sampling<scalar_t> {
   C10_HOST_DEVICE uint32_t shares() const { return this->offset_group_channels / kVector; }
 
   template <typename Lanes>
-  C10_HOST_DEVICE void run(const Sample<T>& sample, const Block& block, uint32_t i, const Lanes& lanes) const {
+  C10_HOST_DEVICE void run(const Sample<T>& sample, const Block& block, const Lanes& lanes) const {
     const bool needs_input = gradients.input || gradients.contributions;
     const bool needs_sampling = gradients.offset || gradients.mask;
     T weight[4], dot[4] = {0, 0, 0, 0};
     sample.cell.weights(sample.mask, weight);
     for (uint32_t c = lanes.index * kVector; c < this->offset_group_channels; c += lanes.count * kVector) {
       const uint32_t channel = block.offset_group * this->offset_group_channels + c;
-      scalar_t* column = this->column(block, i, channel);
+      scalar_t* column = this->column(sample, channel);
       const Values grad = Values::at(column);
       if (needs_sampling || gradients.weight) {
         const Corners<scalar_t, kVector> corners(*this, sample.cell, channel);
         if (needs_sampling) add_dots(corners, grad, dot);
         if (gradients.weight) corners.blend(weight).store(column);
       }
-      if (needs_input) scatter(sample.cell, weight, grad, block, i, channel, lanes);
+      if (needs_input) scatter(sample, weight, grad, block, channel, lanes);
     }
-    if (gradients.contributions && lanes.index == 0) write_rows(sample.cell, block, i);
-    if (needs_sampling) write_sampling(sample, block, i, dot, lanes);
+    if (gradients.contributions && lanes.index == 0) write_rows(sample, block);
+    if (needs_sampling) write_sampling(sample, block, dot, lanes);
   }
 
  private:
@@ -244,45 +257,45 @@ struct BackpropagateColumns : Sampling<scalar_t> {
 
   // Nothing is added to a corner outside.
   template <typename Lanes>
-  C10_HOST_DEVICE void scatter(const BilinearCell<T>& cell, const T (&weight)[4], const Values& grad,
-                               const Block& block, uint32_t i, uint32_t channel, const Lanes& lanes) const {
+  C10_HOST_DEVICE void scatter(const Sample<T>& sample, const T (&weight)[4], const Values& grad, const Block& block,
+                               uint32_t channel, const Lanes& lanes) const {
     for (int corner = 0; corner < 4; ++corner) {
-      const bool outside = cell.pixel[corner] == kOutside;
+      const int64_t pixel = sample.cell.pixel[corner];
+      const bool outside = pixel == kOutside;
       if (outside && !gradients.contributions) continue;
       T share[kVector];
       for (int c = 0; c < kVector; ++c) {
         share[c] = outside ? 0 : weight[corner] * grad[c];
       }
       if (gradients.contributions) {
-        T* row = gradients.contributions + contribution(corner, block, i) * this->offset_group_channels +
+        T* row = gradients.contributions + contribution(corner, sample, block) * this->offset_group_channels +
                  channel % this->offset_group_channels;
         for (int c = 0; c < kVector; ++c) {
           row[c] = share[c];
         }
       } else {
-        lanes.add(gradients.input + cell.pixel[corner] * this->geometry.in_channels + channel, share);
+        lanes.add(gradients.input + pixel * this->geometry.in_channels + channel, share);
       }
     }
   }
 
-  C10_HOST_DEVICE int64_t contribution(int corner, const Block& block, uint32_t i) const {
-    const int64_t position = int64_t{corner} * this->tile.count + block.first + i;
-    return (position * this->offset_groups + block.offset_group) * this->taps + block.tap;
+  C10_HOST_DEVICE int64_t contribution(int corner, const Sample<T>& sample, const Block& block) const {
+    const int64_t position = int64_t{corner} * this->tile.count + sample.position;
+    return (position * this->offset_groups + block.offset_group) * this->taps + sample.tap;
   }
 
   // The zeros of corners outside are spread over all rows: rows are summed in parallel, their contributions one by one.
-  C10_HOST_DEVICE void write_rows(const BilinearCell<T>& cell, const Block& block, uint32_t i) const {
+  C10_HOST_DEVICE void write_rows(const Sample<T>& sample, const Block& block) const {
     const ConvGeometry& g = this->geometry;
     for (int corner = 0; corner < 4; ++corner) {
-      const int64_t number = contribution(corner, block, i);
-      gradients.rows[number] = cell.pixel[corner] == kOutside
-                                   ? number % (g.batch * g.height * g.width * g.offset_groups)
-                                   : cell.pixel[corner] * g.offset_groups + block.offset_group;
+      const int64_t number = contribution(corner, sample, block), pixel = sample.cell.pixel[corner];
+      gradients.rows[number] = pixel == kOutside ? number % (g.batch * g.height * g.width * g.offset_groups)
+                                                 : pixel * g.offset_groups + block.offset_group;
     }
   }
 
   template <typename Lanes>
-  C10_HOST_DEVICE void write_sampling(const Sample<T>& sample, const Block& block, uint32_t i, const T (&dot)[4],
+  C10_HOST_DEVICE void write_sampling(const Sample<T>& sample, const Block& block, const T (&dot)[4],
                                       const Lanes& lanes) const {
     T weight[4];
     sample.cell.weights(1, weight);
@@ -290,8 +303,8 @@ struct BackpropagateColumns : Sampling<scalar_t> {
     const T grad_x = sample.mask * lanes.sum(sample.cell.derivative_x(dot));
     const T grad_mask = lanes.sum(weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3]);
     if (lanes.index != 0) return;
-    const Position at = this->position(block.first + i);
-    const int64_t plane = (at.image * this->offset_groups + block.offset_group) * this->taps + block.tap;
+    const Position at = this->position(sample.position);
+    const int64_t plane = (at.image * this->offset_groups + block.offset_group) * this->taps + sample.tap;
     if (gradients.offset) {
       gradients.offset[2 * plane * this->positions + at.place] = grad_y;
       gradients.offset[(2 * plane + 1) * this->positions + at.place] = grad_x;

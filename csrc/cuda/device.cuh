@@ -79,11 +79,11 @@ __global__ void __launch_bounds__(kThreads) run_block(const __grid_constant__ Bo
   static_assert(Body::kBlockItems <= kThreads);
   const auto block = body.block(blockIdx.x);
   const uint32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
-  if (thread < block.count) items[thread] = body.item(block, thread);
+  if (thread < block.count()) items[thread] = body.item(block, thread);
   __syncthreads();
   const Lanes lanes{threadIdx.x, blockDim.x};
-  for (uint32_t i = threadIdx.y; i < block.count; i += blockDim.y) {
-    body.run(items[i], block, i, lanes);
+  for (uint32_t i = threadIdx.y; i < block.count(); i += blockDim.y) {
+    body.run(items[i], block, lanes);
   }
 }
 

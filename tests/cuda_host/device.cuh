@@ -52,8 +52,8 @@ void launch(const Body& body, int32_t device) {
   const auto run_lane = [&](uint32_t lane) {
     for (uint32_t index = 0; index < body.blocks(); ++index) {
       const auto block = body.block(index);
-      for (uint32_t i = 0; i < block.count; ++i) {
-        body.run(body.item(block, i), block, i, Lanes{lane, count, all, values});
+      for (uint32_t i = 0; i < block.count(); ++i) {
+        body.run(body.item(block, i), block, Lanes{lane, count, all, values});
       }
       all.arrive_and_wait();
     }
