@@ -231,10 +231,10 @@ def kept_runs(chosen: run_experiments.ExperimentSet) -> list[run_experiments.Run
     return [run_experiments.Run(e, seed, ROOT / 'experiments', {}) for seed in range(3) for e in chosen.experiments]
 
 
-KEPT = [name for name, chosen in run_experiments.SETS.items() if run_experiments.finished(kept_runs(chosen))]
+REPORTED = [name for name in run_experiments.SETS if (ROOT / f'experiments/{name}.md').exists()]
 
 
-@pytest.mark.parametrize('name', KEPT)
+@pytest.mark.parametrize('name', REPORTED)
 def test_the_pages_have_the_tables_of_the_kept_results(name: str, tmp_path: Path) -> None:
     chosen = run_experiments.SETS[name]
     runs = kept_runs(chosen)

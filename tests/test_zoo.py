@@ -370,3 +370,12 @@ def test_the_demo_names_what_is_missing(
 ) -> None:
     assert tool('demo/image_demo.py', *arguments) == 1
     assert f'error: {words}' in capsys.readouterr().err
+
+
+def test_every_shipped_checkpoint_lies_beside_its_config_with_its_hash_and_all_are_small() -> None:
+    shipped = [model for model in zoo.models() if model.sha256]
+    files = [model.config.with_name(model.weights.removeprefix(zoo.ADDRESS)) for model in shipped]
+    for model, file in zip(shipped, files, strict=True):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == model.sha256
+        assert file.stem == f'{model.name}-{model.sha256[:8]}'
+    assert 0 < sum(file.stat().st_size for file in files) < 40e6
