@@ -16,7 +16,7 @@ namespace mmdcn {
 namespace {
 
 constexpr int64_t kTileBytes = 64 << 20;
-constexpr int64_t kMinTilePositions = 32;
+constexpr int64_t kMinTilePositions = 32;  // of a tile, however many channels they have
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
