@@ -293,11 +293,13 @@ class Forward {
     Linear linear;
   };
 
-  // As many as fit the cache, but enough tiles of a small batch for several threads.
+  // As many as fit the cache; fewer where that gives the threads more equal shares.
   static int64_t tile_positions(const ConvGeometry& g, const Channels& channels) {
+    constexpr int64_t kFairTiles = 64, kFewestTiles = 4;
     const int64_t fitting = kTileBytes / static_cast<int64_t>(sizeof(E)) / (g.taps() * channels.size());
-    const int64_t fair = g.batch * g.positions() / 4;
-    return std::clamp(std::min(fitting, fair) / Linear::kRows * Linear::kRows, Linear::kRows, kMaxTilePositions);
+    const int64_t positions = g.batch * g.positions();
+    const int64_t fair = std::min(std::clamp(positions / kFairTiles, fitting / 2, fitting), positions / kFewestTiles);
+    return std::clamp(fair / Linear::kRows * Linear::kRows, Linear::kRows, kMaxTilePositions);
   }
 
   // The sums of a batch are rounded to E before the bias is added, so E has to be T.

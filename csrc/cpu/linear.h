@@ -20,7 +20,7 @@ class Linear {
  public:
   // oneDNN compiles a kernel for each number of rows that it meets. So that images of all sizes do not each cost a
   // compilation, it gets multiples of this alone.
-  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kRows = 32;
 
   Linear(const Tensor& weight,                              // [N, K]
          const std::optional<Tensor>& bias = std::nullopt)  // [N]
