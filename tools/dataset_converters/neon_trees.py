@@ -4,21 +4,20 @@
 Source: four RGB photographs of the NEON airborne survey, 0.1 m per px, in the deepforest wheel
 (data alone; none of its code is run):
 
-    half   photograph                    px           trees
-    train  2019_YELL_2_528000_4978000    2299 x 2472  574    Yellowstone, meadow and open wood
-    train  SOAP_061                       400 x 400    37    Soaproot Saddle, mostly dead trees
-    test   2019_YELL_2_541000_4977000    1249 x 1035  279    Yellowstone, dense wood and a road
-    test   OSBS_029                       400 x 400    61    Ordway-Swisher, Florida, pine scrub
+    photograph                    px           trees
+    2019_YELL_2_528000_4978000    2299 x 2472  574    Yellowstone, meadow and open wood
+    2019_YELL_2_541000_4977000    1249 x 1035  279    Yellowstone, dense wood and a road
+    OSBS_029                       400 x 400    61    Ordway-Swisher, Florida, pine scrub
+    SOAP_061                       400 x 400    37    Soaproot Saddle, mostly dead trees
 
-No ground is in both halves: the Yellowstone photographs are crops of mosaic tiles that are named
-after the UTM corner, in metres, of their square kilometre, and these lie 13 km apart; the other two
-are from other states. Training never shows the kind of wood that OSBS_029 has.
+The left two thirds of each photograph are for training, the rest is for testing: no ground is in
+both halves, and both have all four kinds of wood. A detector that is trained from scratch on so few
+trees finds hardly any in a wood of a kind that it has never seen.
 
-Each photograph is cut into near-equal tiles of about ``--tile`` px, so that every pixel is in
-exactly one tile and no tile is a sliver. Boxes are clipped at the borders of a tile and dropped
-where less than 0.4 of their area remains, so some cut trees have a box in two tiles and a few in
-none. Three meadow tiles have no tree. ``photo``, ``left`` and ``top`` of a COCO image tell where it
-was cut.
+Each half is cut into near-equal tiles of about ``--tile`` px, so that every pixel is in exactly one
+tile and no tile is a sliver. Boxes are clipped at the borders of a tile and dropped where less than
+0.4 of their area remains, so some cut trees have a box in two tiles and a few in none. Some meadow
+tiles have no tree. ``photo``, ``left`` and ``top`` of a COCO image tell where it was cut.
 
 The one class is 'tree', id 1: SOAP_061 alone tells Alive from Dead, and the others box dead trees
 as Tree. The source counts pixels from 1 and includes both ends (boxes at the borders of a photo
@@ -40,10 +39,13 @@ import numpy as np
 from coco_folder import CocoSplit, DatasetError, Wheel, build_folder, fetch_wheel, progress, run
 
 WHEEL = Wheel('deepforest', '2.1.0', '8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54')
-PHOTOS = {
-    'train': ('2019_YELL_2_528000_4978000_image_crop2', 'SOAP_061'),
-    'test': ('2019_YELL_2_541000_4977000_image_crop', 'OSBS_029'),
-}
+PHOTOS = (
+    '2019_YELL_2_528000_4978000_image_crop2',
+    '2019_YELL_2_541000_4977000_image_crop',
+    'OSBS_029',
+    'SOAP_061',
+)
+SPLITS = {'train': (0, 2 / 3), 'test': (2 / 3, 1)}  # from left to right
 MIN_VISIBLE = 0.4
 
 
@@ -89,20 +91,25 @@ def convert(args: argparse.Namespace) -> None:
 
     def build(folder: Path) -> None:
         with zipfile.ZipFile(fetch_wheel(WHEEL)) as wheel:
-            for split, photos in PHOTOS.items():
+            for split, (start, end) in SPLITS.items():
                 coco = CocoSplit(folder, split, {1: 'tree'})
-                for photo in photos:
-                    add_tiles(coco, photo, *read_photo(wheel, photo), args.tile)
+                for photo in PHOTOS:
+                    image, boxes = read_photo(wheel, photo)
+                    width = image.shape[1]
+                    add_tiles(coco, photo, image, boxes, (round(start * width), round(end * width)), args.tile)
                 coco.save(f'NEON trees, {split}, from {WHEEL.requirement}')
 
-    parameters = {'converter': 'neon_trees', 'version': 1, 'source': WHEEL.requirement}
+    parameters = {'converter': 'neon_trees', 'version': 2, 'source': WHEEL.requirement}
     build_folder(args.out_dir, parameters | {'tile': args.tile}, build)
 
 
-def add_tiles(coco: CocoSplit, photo: str, image: np.ndarray, boxes: np.ndarray, tile: int) -> None:
-    """Cut a photo [H, W, 3] with its boxes [N, 4] (left, top, right, bottom) into ``coco``."""
-    height, width = image.shape[:2]
-    windows = [(x0, y0, x1, y1) for y0, y1 in cut(height, tile) for x0, x1 in cut(width, tile)]
+def add_tiles(
+    coco: CocoSplit, photo: str, image: np.ndarray, boxes: np.ndarray, columns: tuple[int, int], tile: int
+) -> None:
+    """Cut columns (first, last + 1) of a photo [H, W, 3] with its boxes [N, 4] (left, top, right, bottom)."""
+    first, last = columns
+    rows = cut(image.shape[0], tile)
+    windows = [(first + x0, y0, first + x1, y1) for y0, y1 in rows for x0, x1 in cut(last - first, tile)]
     for x0, y0, x1, y1 in progress(windows, photo):
         trees = [
             {'bbox': [left, top, right - left, bottom - top], 'category_id': 1}

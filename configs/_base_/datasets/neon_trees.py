@@ -1,5 +1,5 @@
 # Trees in aerial photographs, tiles of about 400 x 400 pixels: python tools/dataset_converters/neon_trees.py
-# Trained on crops: 37 tiles are few, and batches of 8 crops are enough for batch normalization.
+# Trained on crops: 32 tiles are few, and batches of 8 crops are enough for batch normalization.
 dataset_type = 'mmdet.CocoDataset'
 data_root = 'data/neon_trees/'
 metainfo = dict(classes=('tree',))
@@ -8,7 +8,7 @@ train_pipeline = [
     dict(type='mmdcn.LoadImageFromFile'),
     dict(type='mmdet.LoadAnnotations', with_bbox=True),
     dict(type='RandomResize', resize_type='mmdet.Resize', scale=(416, 416), ratio_range=(0.75, 1.33), keep_ratio=True),
-    dict(type='mmdet.RandomCrop', crop_size=(224, 224), allow_negative_crop=True),
+    dict(type='mmdet.RandomCrop', crop_size=(160, 160), allow_negative_crop=True),
     dict(type='mmdet.RandomFlip', prob=0.75, direction=['horizontal', 'vertical', 'diagonal']),
     dict(type='mmdet.PackDetInputs'),
 ]
@@ -29,7 +29,7 @@ train_dataloader = dict(
     batch_sampler=dict(type='mmdet.AspectRatioBatchSampler'),
     dataset=dict(
         type='RepeatDataset',
-        times=24,
+        times=50,
         dataset=dict(
             type=dataset_type,
             data_root=data_root,
