@@ -80,24 +80,26 @@ def is_locked(folder: Path) -> bool:
 
 def test_a_killed_set_goes_on_and_reports_every_run(folder: Path) -> None:
     runs = folder / 'out/runs/mnist_scenes/faster-rcnn_r18-w32_fpn_6e_mnist-scenes'
+    output = runs / 'seed_1/output.txt'
     with started(folder) as process:
-        wait_for((runs / 'seed_1/output.txt').exists, process)
+        # Its first words, since the file is there a moment before the training, which then holds the lock.
+        wait_for(lambda: output.exists() and output.stat().st_size, process)
         first = (runs / 'seed_0/result.json').stat().st_mtime_ns
         process.kill()  # this process alone: what it has started works on
         process.wait()
         assert is_locked(folder)
         with started(folder) as second:
-            output, progress = second.communicate()
+            printed, progress = second.communicate()
             assert second.returncode == 0, progress
 
-    assert 'waiting until it ends' in output
+    assert 'waiting until it ends' in printed
     assert '4/4' in progress
     assert (runs / 'seed_0/result.json').stat().st_mtime_ns == first
     results = [json.loads((runs / f'seed_{seed}/result.json').read_text()) for seed in (0, 1)]
     ap50 = run_experiments.mean_and_deviation([100 * result['coco/bbox_mAP_50'] for result in results])
-    assert f'| {ap50} |' in ' '.join(output.split())
+    assert f'| {ap50} |' in ' '.join(printed.split())
     assert sorted(path.name for path in runs.glob('*/*.pth')) == ['epoch_2.pth'] * 2
-    assert (folder / 'out/mnist_scenes.md').read_text().startswith(output[output.index('|') :].strip())
+    assert (folder / 'out/mnist_scenes.md').read_text().startswith(printed[printed.index('|') :].strip())
 
 
 def write_results(out: Path, chosen: run_experiments.ExperimentSet) -> list[run_experiments.Run]:
