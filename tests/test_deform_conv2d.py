@@ -4,7 +4,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -543,6 +543,36 @@ def test_on_the_cpu_neither_runs_nor_the_number_of_threads_change_a_bit(
                 assert torch.equal(result, expected[name]), f'{name} with {count} threads'
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+INFERENCE_CASES = DETERMINISM_CASES | {
+    'small groups': Case((12, 6), (15, 14), (3, 3), groups=3),
+    'an image in parts': Case((70, 4), (340, 310), (2, 3), (37, 41), (1, 0), groups=2, offset_groups=5),
+}
+
+
+@pytest.mark.usefixtures('two_threads')
+@pytest.mark.parametrize('layout', ['contiguous', 'channels last'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('case', INFERENCE_CASES.values(), ids=INFERENCE_CASES.keys())
+def test_inference_mode_changes_no_bit(case: Case, dtype: torch.dtype, layout: str, device: str) -> None:
+    """A thread's mode is its own: the threads that compute for the one that calls are not in it."""
+    call = case.draw(dtype, device)
+    call = replace(call, input=LAYOUTS[layout](call.input))
+    expected = call(deform_conv2d)
+    with torch.inference_mode():
+        for same in (call, call.map(torch.clone)):  # made before and within
+            output = same(deform_conv2d)
+            assert output.is_inference()
+            assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize('capability', ['default', 'avx2', 'avx512'])

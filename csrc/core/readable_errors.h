@@ -10,22 +10,28 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 
 namespace mmdcn {
 
-// An operator whose errors have torch's own words. At the ABI of torch 2.10 a torch function that fails, for want of
-// memory say, tells no more than where it was called.
+// Calls body, whose errors then have torch's own words. At the ABI of torch 2.10 a torch function that fails, for want
+// of memory say, tells no more than where it was called.
+template <typename Body>
+auto with_readable_errors(const Body& body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    const std::string where = error.what();
+    const bool from_torch = where.find("API call failed") != std::string::npos;
+    if (!from_torch || !torch_exception_get_what_without_backtrace) throw;
+    throw std::runtime_error(torch_exception_get_what_without_backtrace() + ("\n" + where));
+  }
+}
+
+// An operator that is called so.
 template <auto kOperator>
 struct Readable;
 
 template <typename Result, typename... Args, Result (*kOperator)(Args...)>
 struct Readable<kOperator> {
   static Result call(Args... args) {
-    try {
-      return kOperator(args...);
-    } catch (const std::exception& error) {
-      const std::string where = error.what();
-      const bool from_torch = where.find("API call failed") != std::string::npos;
-      if (!from_torch || !torch_exception_get_what_without_backtrace) throw;
-      throw std::runtime_error(torch_exception_get_what_without_backtrace() + ("\n" + where));
-    }
+    return with_readable_errors([&] { return kOperator(args...); });
   }
 };
 

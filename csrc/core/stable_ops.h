@@ -36,6 +36,12 @@ inline Tensor values_as(const Tensor& self, torch::headeronly::ScalarType type) 
   return torch::stable::to(call_torch("aten::detach", "", self), type);
 }
 
+// The tensor for a worker thread to write to. The thread is not in the inference mode of the one that called the
+// operator, without which torch refuses to write to a tensor that was made in it.
+inline Tensor for_worker(const Tensor& self) {
+  return torch::stable::from_blob(self.data_ptr(), self.sizes(), self.strides(), self.device(), self.scalar_type());
+}
+
 // Products, in the types of their factors: autocast would round those of the forms without `out`.
 inline Tensor mm(const Tensor& a, const Tensor& b) {
   const Tensor out = torch::stable::empty({a.size(0), b.size(1)}, a.scalar_type(), std::nullopt, a.device());

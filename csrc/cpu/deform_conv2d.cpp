@@ -273,13 +273,14 @@ class Forward {
     share_items(tiles, [&](int64_t begin, int64_t end) {
       std::vector<Sample<T>> samples(tile_positions_ * g_.samples_per_position());
       const Tensor columns = empty_matrix(output, type_, 1, tile_positions_ * g_.taps() * channels_.size());
+      const Tensor target = for_worker(output);
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t first = tile * tile_positions_, count = std::min(tile_positions_, positions - first);
         sampling.plan(first, count, samples.data());
         sample(rows, samples.data(), count, static_cast<E*>(columns.data_ptr()));
-        if (batch_) write(channels_, true, multiply_batch(columns, count), output, first);
+        if (batch_) write(channels_, true, multiply_batch(columns, count), target, first);
         for (const Product& product : products_) {
-          write(product.channels, product.is_first, multiply(product, columns, count), output, first);
+          write(product.channels, product.is_first, multiply(product, columns, count), target, first);
         }
       }
     });

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../core/readable_errors.h"
+
 namespace mmdcn {
 
 // Shares items 0 .. count-1 among the threads: body(begin, end). torch runs a single item on the calling thread, where
@@ -14,7 +16,7 @@ namespace mmdcn {
 template <typename Body>
 void share_items(int64_t count, const Body& body) {
   torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
-    if (begin < count) body(begin, std::min(end, count));
+    if (begin < count) with_readable_errors([&] { body(begin, std::min(end, count)); });
   });
 }
 
