@@ -133,3 +133,10 @@ def test_under_autocast_the_offsets_are_predicted_in_float32(name: str) -> None:
     expected = F.conv2d(x.float(), layer.conv_offset.weight, layer.conv_offset.bias, padding=1)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(predicted[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_an_image_without_a_batch_is_refused_by_name(name: str) -> None:
+    layer = build_conv_layer(dict(type=f'mmdcn.{name}'), 4, 6, 3, padding=1)
+    with pytest.raises(ValueError, match=r'^input must have 4 dimensions \[B, C_in, H, W\], got shape \[4, 9, 8\]'):
+        layer(torch.zeros(4, 9, 8))

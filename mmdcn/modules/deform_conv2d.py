@@ -161,7 +161,8 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d, mmcv.ops.ModulatedDeformC
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with another weight and bias: mmcv's ConvModule folds a normalization into them."""
         taps = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
-        offset, mask = _predict(self.conv_offset, x).split((2 * taps, taps), dim=1)
+        # From the end, since a convolution takes an image without a batch too, which the operator then refuses.
+        offset, mask = _predict(self.conv_offset, x).split((2 * taps, taps), dim=-3)
         return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation, mask.sigmoid())
 
     _load_from_state_dict = _load_from_state_dict
