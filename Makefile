@@ -108,7 +108,7 @@ data/mnist_scenes: $(VENV)/core.stamp
 	touch $@
 
 $(WORK_DIR)/results.txt: $(CONFIG) | data/mnist_scenes
-	@echo "== Training a DCNv2 detector, about 6 minutes on 2 cores; stopped, it goes on from its last checkpoint =="
+	@echo "== Training a DCNv2 detector, about 8 minutes on 2 cores; stopped, it goes on from its last checkpoint =="
 	$(BIN)/python tools/train.py $(CONFIG) --resume
 	@echo "== Testing it =="
 	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" | tee $(WORK_DIR)/test.log
