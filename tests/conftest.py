@@ -17,8 +17,18 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many small calls, whose threads would do little but wait for each other."""
+    yield from with_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what only a second thread can show, on a machine with one core too."""
+    yield from with_threads(2)
+
+
+def with_threads(count: int) -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(threads)
 

@@ -4,7 +4,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -284,10 +284,13 @@ def test_the_images_of_a_batch_do_not_see_each_other(device: str) -> None:
 # Memory
 
 
+COPIED_IN_PARTS = Case((70, 4), (340, 310), (2, 3), (37, 41), (1, 0), groups=2, offset_groups=5)
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_an_image_too_large_to_copy_whole_gives_what_the_reference_does(dtype: torch.dtype, device: str) -> None:
     """The CPU copies 9 MiB of an image at a time, and so two parts or three of the channels of this one."""
-    call = Case((70, 4), (340, 310), (2, 3), (37, 41), (1, 0), groups=2, offset_groups=5).draw(dtype, device)
+    call = COPIED_IN_PARTS.draw(dtype, device)
     assert call.input[0].numel() * call.input.element_size() > 9 << 20
     check_against_reference(call)
 
@@ -545,17 +548,9 @@ def test_on_the_cpu_neither_runs_nor_the_number_of_threads_change_a_bit(
         torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
 INFERENCE_CASES = DETERMINISM_CASES | {
     'small groups': Case((12, 6), (15, 14), (3, 3), groups=3),
-    'an image in parts': Case((70, 4), (340, 310), (2, 3), (37, 41), (1, 0), groups=2, offset_groups=5),
+    'an image in parts': COPIED_IN_PARTS,
 }
 
 
