@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from mmdet.apis import init_detector
 from mmengine.config import Config
 from mmengine.hub import get_config, get_model
 
@@ -113,6 +114,17 @@ def test_mim_downloads_a_config_with_its_weights(tmp_path: Path) -> None:
     run('-m', 'mim', 'download', 'mmdcn', '--config', model.Name, '--dest', tmp_path, folder=tmp_path)
     downloaded = Config.fromfile(tmp_path / f'{model.Name}.py')
     assert downloaded.model == get_config(f'mmdcn::{ZOO}').model
+
+
+@needs_mim
+def test_mim_puts_a_config_beside_the_checkpoint_that_the_zoo_has_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    name = Path(SCENES).stem
+    checkpoint = mmdcn.zoo.fetch(name)
+    run('-m', 'mim', 'download', 'mmdcn', '--config', name, '--dest', checkpoint.parent, folder=tmp_path)
+    init_detector(str(checkpoint.with_name(f'{name}.py')), str(checkpoint), device='cpu')
 
 
 @pytest.mark.skipif(not (ROOT / 'setup.py').exists(), reason='not a checkout')
