@@ -17,7 +17,8 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize('block', BLOCKS)
-def test_a_block_of_code_runs(block: str) -> None:
+def test_a_block_of_code_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write a file
     if '_base_' in block:
         assert Config.fromstring(block, '.py').model.type == 'FasterRCNN'
     else:

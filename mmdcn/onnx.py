@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX: a deformable convolution becomes the standard's `DeformConv`, which needs no plugin of a runtime.
+
+    torch.onnx.export(model, arguments, path, dynamo=True, custom_translation_table=mmdcn.onnx.TRANSLATIONS)
+
+This module needs `onnxscript`, as torch's exporter does. `DeformConv` is of opset 19; torch's default is later.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset19 as op
+
+
+def _deform_conv2d(
+    input: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    bias: Any,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    offset_groups: int,
+) -> Any:
+    if offset.dtype != input.dtype:
+        raise ValueError(
+            f"ONNX's DeformConv has one type, got {input.dtype} for input and {offset.dtype} for offset: "
+            'export the model without autocast'
+        )
+    return op.DeformConv(
+        input, weight, offset, bias, mask,
+        strides=stride, pads=[*padding, *padding], dilations=dilation, group=groups, offset_group=offset_groups,
+    )  # fmt: skip
+
+
+TRANSLATIONS: dict[Callable, Callable] = {torch.ops.mmdcn.deform_conv2d.default: _deform_conv2d}

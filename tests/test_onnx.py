@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is exported to ONNX gives, in ONNX Runtime, what it gave in torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from deform_conv2d_cases import CASES, Call, assert_close
+from mmcv import ops
+from small_detectors import build, fcos_config
+from torch import Tensor, nn
+from torch.export import Dim
+
+import mmdcn.onnx
+from mmdcn import reference
+from mmdcn.ops import deform_conv2d
+
+
+class Layer(nn.Module):
+    """A call of the operator whose weights are the module's, as a layer's are."""
+
+    def __init__(self, call: Call):
+        super().__init__()
+        self.call, self.weight, self.bias = call, nn.Parameter(call.weight), call.bias
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        geometry = (self.call.stride, self.call.padding, self.call.dilation)
+        return deform_conv2d(input, offset, self.weight, self.bias, *geometry, mask)
+
+
+def export(model: nn.Module, inputs: tuple[Tensor, ...], path: Path, **settings: object) -> None:
+    table = mmdcn.onnx.TRANSLATIONS
+    torch.onnx.export(
+        model.eval(), inputs, path, dynamo=True, custom_translation_table=table, verbose=False, **settings
+    )
+
+
+def run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    names = [argument.name for argument in session.get_inputs()]
+    arrays = dict(zip(names, (tensor.numpy() for tensor in inputs), strict=True))
+    return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error := error and error.__cause__:
+        yield error
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_onnx_runtime_gives_what_the_reference_gives(name: str, tmp_path: Path) -> None:
+    call = CASES[name].draw(torch.float32)
+    inputs = (call.input, call.offset) + (() if call.mask is None else (call.mask,))
+    export(Layer(call), inputs, tmp_path / 'layer.onnx')
+    (output,) = run(tmp_path / 'layer.onnx', inputs)
+    expected = call.map(Tensor.double)(reference.deform_conv2d)
+    assert_close({'output': output}, {'output': expected}, call)
+
+
+@pytest.mark.parametrize('layer', ['mmdcn.DCN', 'mmdcn.DCNv2'])
+def test_a_detector_is_exported_for_images_of_any_number_and_size(layer: str, tmp_path: Path) -> None:
+    model = build(fcos_config(layer=layer))
+    for module in model.modules():
+        if hasattr(module, 'conv_offset'):
+            nn.init.normal_(module.conv_offset.weight, std=0.05)
+    batches = [torch.randn(2, 3, 64, 96), torch.randn(3, 3, 96, 160)]
+    sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    export(model, (batches[0],), tmp_path / 'detector.onnx', dynamic_shapes=sizes)
+    for images in batches:
+        with torch.no_grad():
+            expected = [level for levels in model(images) for level in levels]
+        for output, same in zip(run(tmp_path / 'detector.onnx', (images,)), expected, strict=True):
+            # eps / 2 of float32 for each of the 576 products of the longest sums is 3.4e-5; there are some 20 layers.
+            torch.testing.assert_close(output, same, rtol=0, atol=20 * 3.4e-5 * same.std().item())
+
+
+@pytest.mark.parametrize('layer', [ops.DeformConv2dPack, ops.ModulatedDeformConv2dPack])
+def test_mmcvs_layers_stop_the_exporter(layer: type[nn.Module], tmp_path: Path) -> None:
+    with pytest.raises(torch.onnx.OnnxExporterError):
+        export(layer(4, 6, 3), (torch.randn(1, 4, 5, 7),), tmp_path / 'layer.onnx')
+
+
+def test_two_types_in_one_call_are_refused(tmp_path: Path) -> None:
+    call = CASES['everything at once'].draw(torch.float32)
+    layer = Layer(call.map(Tensor.half)).half()
+    with pytest.raises(torch.onnx.OnnxExporterError) as error:
+        export(layer, (call.input.half(), call.offset, call.mask), tmp_path / 'layer.onnx')
+    (cause,) = (cause for cause in causes(error.value) if isinstance(cause, ValueError))
+    assert 'export the model without autocast' in str(cause)
+    assert not list(tmp_path.iterdir())
