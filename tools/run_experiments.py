@@ -114,6 +114,17 @@ def compare_stages() -> ExperimentSet:
     return ExperimentSet([plain, *stages], 'detector', 'stages with DCNv2')
 
 
+def compare_offset_rates() -> ExperimentSet:
+    experiments = []
+    for detector, stem in {'Faster R-CNN': 'faster-rcnn', 'RetinaNet': 'retinanet'}.items():
+        config = f'neon_trees/{stem}_r18-w32{{}}_neon-trees.py'
+        plain = Experiment(detector, 'plain', config.format('_fpn_6e'))
+        experiments.append(plain)
+        for rate, ending in {'0.1': '6e', '1': '6e-full-offset-lr'}.items():
+            experiments.append(Experiment(detector, rate, config.format(f'-mdconv-c3-c5_fpn_{ending}'), plain))
+    return ExperimentSet(experiments, 'detector', "learning rate of DCNv2's offsets, relative")
+
+
 def compare_deformations() -> ExperimentSet:
     """Train and test at the same strength; at 1, the data set's own, the runs are those of `mnist_scenes`."""
     config = 'mnist_scenes/faster-rcnn_r18-w32{}_fpn_6e_mnist-scenes.py'
@@ -126,6 +137,7 @@ def compare_deformations() -> ExperimentSet:
 SETS = {
     'mnist_scenes': compare_layers('mnist_scenes'),
     'neon_trees': compare_layers('neon_trees'),
+    'offset_rates': compare_offset_rates(),
     'stages': compare_stages(),
     'deformation': compare_deformations(),
 }
