@@ -26,7 +26,7 @@ test-openmmlab:
 	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
 
 # Every checkpoint of the zoo gives the average precision that its metafile says.
-zoo-check: $(VENV)/core.stamp data/mnist_scenes
+zoo-check: $(VENV)/core.stamp data/mnist_scenes data/neon_trees
 	$(BIN)/python tools/zoo_check.py
 
 lint: $(VENV)/core.stamp
@@ -105,6 +105,11 @@ $(VENV)/core.stamp: $(VENV)/openmmlab.stamp requirements/dev.txt requirements/de
 data/mnist_scenes: $(VENV)/core.stamp
 	@echo "== Composing the MNIST scenes, about 15 seconds =="
 	$(BIN)/python tools/dataset_converters/mnist_scenes.py
+	touch $@
+
+data/neon_trees: $(VENV)/core.stamp
+	@echo "== Cutting the aerial photographs of trees, some seconds =="
+	$(BIN)/python tools/dataset_converters/neon_trees.py
 	touch $@
 
 $(WORK_DIR)/results.txt: $(CONFIG) | data/mnist_scenes
