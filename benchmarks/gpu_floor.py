@@ -3,8 +3,8 @@
 
 The columns are counted as written to the second-level cache (L2) and read again, as csrc/cuda does it; images, offsets
 and results move once between the device's memory and L2. Of the 4 corners of each sample those are counted as read from
-L2 that are new to their thread block: the others are in the multiprocessor's own cache, if it is large enough. This
-needs no GPU.
+L2 that are new to their thread block: the others are in the multiprocessor's own cache, if it is large enough. As many
+sums the block adds to the gradient of the image. This needs no GPU.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def work(case: Case, corners: float, training: bool) -> Work:
     )
     if not training:
         return forward
-    # Gradients of columns out and in, corners, columns out and in; 4 float32 sums into the image's gradient.
-    backward_cache = (2 + corners + 2) * column * size + 4 * column * 4
+    # Gradients of columns out and in, corners, columns out and in; a block's float32 sums into the image's gradient.
+    backward_cache = (2 + corners + 2) * column * size + corners * column * 4
     # The image, the output's gradient; the image's gradient summed in float32, then in its type; offsets in and out.
     backward_memory = (image + output) * size + image * (8 + size) + 2 * offsets
     return Work(3 * forward.operations, forward.cache_bytes + backward_cache, forward.memory_bytes + backward_memory)

@@ -39,7 +39,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
     replacements = {
         'LIBRARY_IMPL(mmdcn, CUDA': f'LIBRARY_IMPL({namespace}, CPU',
         'FRAGMENT(mmdcn': f'FRAGMENT({namespace}',
-        'kTileBytes = 64 << 20': 'kTileBytes = 1',
+        'kMinTileBytes = 16 << 20': 'kMinTileBytes = 1',
     }
     texts = {name: (csrc / name).read_text() for name in sources}
     for old, new in replacements.items():

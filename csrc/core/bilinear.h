@@ -31,11 +31,12 @@ struct BilinearCell {
   int64_t pixel[4];  // y * width + x of the corner, or kOutside
   T fy, fx;          // in [0, 1), or NaN
 
-  C10_HOST_DEVICE void weights(T scale, T (&weight)[4]) const {
-    weight[0] = (1 - fy) * (1 - fx) * scale;
-    weight[1] = (1 - fy) * fx * scale;
-    weight[2] = fy * (1 - fx) * scale;
-    weight[3] = fy * fx * scale;
+  C10_HOST_DEVICE T weight(int corner) const { return (corner / 2 ? fy : 1 - fy) * (corner % 2 ? fx : 1 - fx); }
+  C10_HOST_DEVICE void weights(T scale, T (&weights)[4]) const {
+    weights[0] = weight(0) * scale;
+    weights[1] = weight(1) * scale;
+    weights[2] = weight(2) * scale;
+    weights[3] = weight(3) * scale;
   }
 
   // d sum(corner[i] * weight[i]) / d(y, x) from the corners' values, or from their products with a gradient.

@@ -15,8 +15,11 @@
 namespace mmdcn {
 namespace {
 
-constexpr int64_t kTileBytes = 64 << 20;
-constexpr int64_t kMinTilePositions = 32;  // of a tile, however many channels they have
+constexpr int64_t kMinTileBytes = 16 << 20;  // on a GPU of little L2: fewer rows would not occupy its multiprocessors
+constexpr int64_t kMinTilePositions = 32;    // of a tile, however many channels they have
+
+// The columns of a tile. The other half of L2 is for pixels, weight and results.
+int64_t tile_bytes(int32_t device) { return std::max(l2_bytes(device) / 2, kMinTileBytes); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -62,7 +65,7 @@ class Tiles {
     STD_TORCH_CHECK(g.positions() <= INT32_MAX && g.in_channels <= INT32_MAX && g.taps() * g.offset_groups <= INT32_MAX,
                     "an image must have fewer than 2^31 channels, samples per position and output positions");
     const int64_t bytes = g.taps() * g.in_channels * (int64_t{sizeof(scalar_t)} + workspace);  // of one position
-    const int64_t tiles = ceil_div(total(), std::max(kTileBytes / bytes, kMinTilePositions));
+    const int64_t tiles = ceil_div(total(), std::max(tile_bytes(device_) / bytes, kMinTilePositions));
     positions_ = tiles == 0 ? 0 : ceil_div(total(), tiles);
     columns_ = empty_buffer(input, input.scalar_type(), positions_ * g.taps() * g.in_channels);
   }

@@ -18,12 +18,13 @@
 //
 // One group of lanes thus sees all channels that share an offset, so grad_offset and grad_mask need no atomics.
 //
-// grad_input sums up in the compute type, by atomics, whose order and so whose last bits change from run to run. If it
-// is to be deterministic, the corners' contributions are written out instead, each with the row it belongs to (a
-// pixel's channels of one offset group), and torch's sorting index_put_ adds them up in a fixed order.
+// grad_input sums up in the compute type. What the samples of a block add to one pixel, the block sums up first, and
+// adds it to the image by atomics, whose order and so whose last bits change from run to run. If it is to be
+// deterministic, the corners' contributions are written out instead, each with the row it belongs to (a pixel's
+// channels of one offset group), and torch's sorting index_put_ adds them up in a fixed order.
 //
-// This file is what the kernels compute, for any number of lanes. It is C++ without CUDA, so that the host can run it
-// too (tests/cuda_host).
+// This file is what the threads of a block compute, for any number of them. It is C++ without CUDA, so that the host
+// can run it too (tests/cuda_host).
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -92,13 +93,63 @@ struct Block {
   C10_HOST_DEVICE uint32_t count() const { return taps * positions; }
 };
 
+constexpr uint32_t kBlockTaps = 9, kBlockSamples = 8 * kBlockTaps;
+
+// The corners of a block's samples, sorted by their pixels. Corner c of sample i has the number 4 * i + c.
+struct CornersByPixel {
+  static constexpr uint32_t kCorners = 4 * kBlockSamples, kLogSlots = 9, kSlots = 1 << kLogSlots, kNone = ~0u;
+  static_assert(kSlots > kCorners);
+
+  uint32_t slots[kSlots];    // a hash table of the pixels: the first corner of each
+  uint32_t first[kCorners];  // the same, without gaps
+  uint32_t pixels;           // how many
+  uint32_t next[kCorners];   // the next corner at the same pixel
+
+  template <typename T, typename Threads>
+  C10_HOST_DEVICE void fill(const Sample<T>* samples, uint32_t count, const Threads& threads) {
+    for (uint32_t i = threads.index(); i < kSlots; i += threads.count()) {
+      slots[i] = kNone;
+    }
+    for (uint32_t i = threads.index(); i < kCorners; i += threads.count()) {
+      next[i] = kNone;
+    }
+    if (threads.index() == 0) pixels = 0;
+    threads.sync();
+    for (uint32_t i = threads.index(); i < 4 * count; i += threads.count()) {
+      if (pixel(samples, i) != kOutside) insert(samples, i, threads);
+    }
+    threads.sync();
+  }
+
+  template <typename T>
+  C10_HOST_DEVICE static int64_t pixel(const Sample<T>* samples, uint32_t corner) {
+    return samples[corner / 4].cell.pixel[corner % 4];
+  }
+
+ private:
+  template <typename T, typename Threads>
+  C10_HOST_DEVICE void insert(const Sample<T>* samples, uint32_t corner, const Threads& threads) {
+    const int64_t own = pixel(samples, corner);
+    uint32_t slot = static_cast<uint32_t>(own) * 2654435769u >> (32 - kLogSlots);  // Fibonacci hashing
+    while (true) {
+      const uint32_t found = threads.compare_and_exchange(&slots[slot], kNone, corner);
+      if (found == kNone) {
+        first[threads.increment(&pixels)] = corner;
+        return;
+      }
+      if (pixel(samples, found) == own) {
+        next[corner] = threads.exchange(&next[found], corner);
+        return;
+      }
+      slot = (slot + 1) % kSlots;
+    }
+  }
+};
+
 // Where a tile samples, and into which columns.
 template <typename scalar_t>
 struct Sampling {
   using T = compute_t<scalar_t>;
-  using Item = Sample<T>;
-
-  static constexpr uint32_t kBlockTaps = 9, kBlockItems = 8 * kBlockTaps;
 
   ConvGeometry geometry;
   uint32_t taps, positions, out_width, groups, group_channels, offset_groups, offset_group_channels;  // of geometry
@@ -110,7 +161,7 @@ struct Sampling {
   scalar_t* columns;  // [groups, tile.count, K, C_in/groups]
 
   C10_HOST_DEVICE uint32_t block_taps() const { return taps < kBlockTaps ? taps : kBlockTaps; }
-  C10_HOST_DEVICE uint32_t block_positions() const { return kBlockItems / block_taps(); }
+  C10_HOST_DEVICE uint32_t block_positions() const { return kBlockSamples / block_taps(); }
 
   // Of one offset group at the same positions.
   C10_HOST_DEVICE uint32_t tap_blocks() const { return (taps + block_taps() - 1) / block_taps(); }
@@ -134,7 +185,7 @@ struct Sampling {
   }
 
   // Sample i of the block.
-  C10_HOST_DEVICE Sample<T> item(const Block& block, uint32_t i) const {
+  C10_HOST_DEVICE Sample<T> sample(const Block& block, uint32_t i) const {
     const uint32_t in_tile = block.first_position + i % block.positions, tap = block.first_tap + i / block.positions;
     const Position at = position(in_tile);
     const uint32_t channel = block.offset_group * taps + tap;
@@ -149,6 +200,14 @@ struct Sampling {
       pixel += pixel == kOutside ? 0 : first_pixel;
     }
     return sample;
+  }
+
+  template <typename Threads>
+  C10_HOST_DEVICE void locate_samples(const Block& block, Sample<T>* samples, const Threads& threads) const {
+    for (uint32_t i = threads.index(); i < block.count(); i += threads.count()) {
+      samples[i] = sample(block, i);
+    }
+    threads.sync();
   }
 
   C10_HOST_DEVICE scalar_t* column(const Sample<T>& sample, uint32_t channel) const {
@@ -188,13 +247,26 @@ template <typename scalar_t, int kVector>
 struct SampleColumns : Sampling<scalar_t> {
   using typename Sampling<scalar_t>::T;
 
+  struct Shared {
+    Sample<T> samples[kBlockSamples];
+  };
+
   C10_HOST_DEVICE uint32_t shares() const { return this->offset_group_channels / kVector; }
 
-  template <typename Lanes>
-  C10_HOST_DEVICE void run(const Sample<T>& sample, const Block& block, const Lanes& lanes) const {
+  template <typename Threads>
+  C10_HOST_DEVICE void run(const Block& block, Shared& shared, const Threads& threads) const {
+    this->locate_samples(block, shared.samples, threads);
+    for (uint32_t i = threads.group; i < block.count(); i += threads.groups) {
+      fill_columns(shared.samples[i], block, threads);
+    }
+  }
+
+ private:
+  template <typename Threads>
+  C10_HOST_DEVICE void fill_columns(const Sample<T>& sample, const Block& block, const Threads& threads) const {
     T weight[4];
     sample.cell.weights(sample.mask, weight);
-    for (uint32_t c = lanes.index * kVector; c < this->offset_group_channels; c += lanes.count * kVector) {
+    for (uint32_t c = threads.lane * kVector; c < this->offset_group_channels; c += threads.lanes * kVector) {
       const uint32_t channel = block.offset_group * this->offset_group_channels + c;
       const Corners<scalar_t, kVector> corners(*this, sample.cell, channel);
       corners.blend(weight).store(this->column(sample, channel));
@@ -219,17 +291,58 @@ template <typename scalar_t, int kVector>
 struct BackpropagateColumns : Sampling<scalar_t> {
   using typename Sampling<scalar_t>::T;
 
+  struct Shared {
+    Sample<T> samples[kBlockSamples];
+    CornersByPixel corners;
+  };
+
   SamplingGradients<T> gradients;
 
   C10_HOST_DEVICE uint32_t shares() const { return this->offset_group_channels / kVector; }
 
-  template <typename Lanes>
-  C10_HOST_DEVICE void run(const Sample<T>& sample, const Block& block, const Lanes& lanes) const {
-    const bool needs_input = gradients.input || gradients.contributions;
+  template <typename Threads>
+  C10_HOST_DEVICE void run(const Block& block, Shared& shared, const Threads& threads) const {
+    this->locate_samples(block, shared.samples, threads);
+    if (gradients.input) {
+      add_to_input(block, shared, threads);
+      threads.sync();  // the gradients of the columns have been read
+    }
+    for (uint32_t i = threads.group; i < block.count(); i += threads.groups) {
+      replace_columns(shared.samples[i], block, threads);
+    }
+  }
+
+ private:
+  using Values = Vector<scalar_t, kVector>;
+
+  template <typename Threads>
+  C10_HOST_DEVICE void add_to_input(const Block& block, Shared& shared, const Threads& threads) const {
+    shared.corners.fill(shared.samples, block.count(), threads);
+    for (uint32_t i = threads.group; i < shared.corners.pixels; i += threads.groups) {
+      const uint32_t first = shared.corners.first[i];
+      const int64_t pixel = CornersByPixel::pixel(shared.samples, first);
+      for (uint32_t c = threads.lane * kVector; c < this->offset_group_channels; c += threads.lanes * kVector) {
+        const uint32_t channel = block.offset_group * this->offset_group_channels + c;
+        T sum[kVector] = {};
+        for (uint32_t corner = first; corner != CornersByPixel::kNone; corner = shared.corners.next[corner]) {
+          const Sample<T>& sample = shared.samples[corner / 4];
+          const Values grad = Values::at(this->column(sample, channel));
+          const T weight = sample.cell.weight(corner % 4) * sample.mask;
+          for (int v = 0; v < kVector; ++v) {
+            sum[v] += weight * grad[v];
+          }
+        }
+        threads.add(gradients.input + pixel * this->geometry.in_channels + channel, sum);
+      }
+    }
+  }
+
+  template <typename Threads>
+  C10_HOST_DEVICE void replace_columns(const Sample<T>& sample, const Block& block, const Threads& threads) const {
     const bool needs_sampling = gradients.offset || gradients.mask;
     T weight[4], dot[4] = {0, 0, 0, 0};
     sample.cell.weights(sample.mask, weight);
-    for (uint32_t c = lanes.index * kVector; c < this->offset_group_channels; c += lanes.count * kVector) {
+    for (uint32_t c = threads.lane * kVector; c < this->offset_group_channels; c += threads.lanes * kVector) {
       const uint32_t channel = block.offset_group * this->offset_group_channels + c;
       scalar_t* column = this->column(sample, channel);
       const Values grad = Values::at(column);
@@ -238,14 +351,11 @@ struct BackpropagateColumns : Sampling<scalar_t> {
         if (needs_sampling) add_dots(corners, grad, dot);
         if (gradients.weight) corners.blend(weight).store(column);
       }
-      if (needs_input) scatter(sample, weight, grad, block, channel, lanes);
+      if (gradients.contributions) write_contributions(sample, weight, grad, block, c);
     }
-    if (gradients.contributions && lanes.index == 0) write_rows(sample, block);
-    if (needs_sampling) write_sampling(sample, block, dot, lanes);
+    if (gradients.contributions && threads.lane == 0) write_rows(sample, block);
+    if (needs_sampling) write_sampling(sample, block, dot, threads);
   }
-
- private:
-  using Values = Vector<scalar_t, kVector>;
 
   C10_HOST_DEVICE static void add_dots(const Corners<scalar_t, kVector>& corners, const Values& grad, T (&dot)[4]) {
     for (int corner = 0; corner < 4; ++corner) {
@@ -255,26 +365,14 @@ struct BackpropagateColumns : Sampling<scalar_t> {
     }
   }
 
-  // Nothing is added to a corner outside.
-  template <typename Lanes>
-  C10_HOST_DEVICE void scatter(const Sample<T>& sample, const T (&weight)[4], const Values& grad, const Block& block,
-                               uint32_t channel, const Lanes& lanes) const {
+  // A corner outside has zeros.
+  C10_HOST_DEVICE void write_contributions(const Sample<T>& sample, const T (&weight)[4], const Values& grad,
+                                           const Block& block, uint32_t group_channel) const {
     for (int corner = 0; corner < 4; ++corner) {
-      const int64_t pixel = sample.cell.pixel[corner];
-      const bool outside = pixel == kOutside;
-      if (outside && !gradients.contributions) continue;
-      T share[kVector];
+      const bool outside = sample.cell.pixel[corner] == kOutside;
+      T* row = gradients.contributions + contribution(corner, sample, block) * this->offset_group_channels;
       for (int c = 0; c < kVector; ++c) {
-        share[c] = outside ? 0 : weight[corner] * grad[c];
-      }
-      if (gradients.contributions) {
-        T* row = gradients.contributions + contribution(corner, sample, block) * this->offset_group_channels +
-                 channel % this->offset_group_channels;
-        for (int c = 0; c < kVector; ++c) {
-          row[c] = share[c];
-        }
-      } else {
-        lanes.add(gradients.input + pixel * this->geometry.in_channels + channel, share);
+        row[group_channel + c] = outside ? 0 : weight[corner] * grad[c];
       }
     }
   }
@@ -294,15 +392,15 @@ struct BackpropagateColumns : Sampling<scalar_t> {
     }
   }
 
-  template <typename Lanes>
+  template <typename Threads>
   C10_HOST_DEVICE void write_sampling(const Sample<T>& sample, const Block& block, const T (&dot)[4],
-                                      const Lanes& lanes) const {
+                                      const Threads& threads) const {
     T weight[4];
     sample.cell.weights(1, weight);
-    const T grad_y = sample.mask * lanes.sum(sample.cell.derivative_y(dot));
-    const T grad_x = sample.mask * lanes.sum(sample.cell.derivative_x(dot));
-    const T grad_mask = lanes.sum(weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3]);
-    if (lanes.index != 0) return;
+    const T grad_y = sample.mask * threads.sum(sample.cell.derivative_y(dot));
+    const T grad_x = sample.mask * threads.sum(sample.cell.derivative_x(dot));
+    const T grad_mask = threads.sum(weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3]);
+    if (threads.lane != 0) return;
     const Position at = this->position(sample.position);
     const int64_t plane = (at.image * this->offset_groups + block.offset_group) * this->taps + sample.tap;
     if (gradients.offset) {

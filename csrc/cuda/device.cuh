@@ -28,6 +28,13 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// The size of its L2 cache.
+inline int64_t l2_bytes(int32_t device) {
+  int bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
+  return bytes;
+}
+
 // a @ b in a type that may be wider than theirs, which torch has for CUDA only.
 inline Tensor bmm_as(const Tensor& a, const Tensor& b, torch::headeronly::ScalarType type) {
   return call_torch("aten::bmm", "dtype", a, b, type);
@@ -52,16 +59,21 @@ __device__ void atomic_add(float* target, const float (&values)[kCount]) {
   }
 }
 
-// The threads that share an item: `count` of one warp, a power of two, side by side in x.
-struct Lanes {
-  uint32_t index, count;
+// A thread of a block. The threads are in groups, each of so many lanes of one warp, a power of two.
+struct Threads {
+  uint32_t lane, lanes, group, groups;
 
-  // The sum over the lanes. All of them must call it.
+  __device__ uint32_t index() const { return group * lanes + lane; }
+  __device__ uint32_t count() const { return groups * lanes; }
+
+  // Waits for all threads of the block, and sees what they have written.
+  __device__ void sync() const { __syncthreads(); }
+
+  // The sum over the group. All of its lanes must call it.
   template <typename T>
   __device__ T sum(T value) const {
-    const uint32_t first = threadIdx.y * count % kWarp;
-    const uint32_t members = 0xffffffff >> (kWarp - count) << first;
-    for (uint32_t distance = count / 2; distance > 0; distance /= 2) {
+    const uint32_t members = 0xffffffff >> (kWarp - lanes) << (group * lanes % kWarp);
+    for (uint32_t distance = lanes / 2; distance > 0; distance /= 2) {
       value += __shfl_xor_sync(members, value, distance);
     }
     return value;
@@ -71,23 +83,22 @@ struct Lanes {
   __device__ void add(T* target, const T (&values)[kCount]) const {
     atomic_add(target, values);
   }
+
+  // These give the value before.
+  __device__ uint32_t increment(uint32_t* target) const { return atomicAdd(target, 1); }
+  __device__ uint32_t exchange(uint32_t* target, uint32_t value) const { return atomicExch(target, value); }
+  __device__ uint32_t compare_and_exchange(uint32_t* target, uint32_t expected, uint32_t value) const {
+    return atomicCAS(target, expected, value);
+  }
 };
 
 template <typename Body>
 __global__ void __launch_bounds__(kThreads) run_block(const __grid_constant__ Body body) {
-  __shared__ typename Body::Item items[Body::kBlockItems];
-  static_assert(Body::kBlockItems <= kThreads);
-  const auto block = body.block(blockIdx.x);
-  const uint32_t thread = threadIdx.y * blockDim.x + threadIdx.x;
-  if (thread < block.count()) items[thread] = body.item(block, thread);
-  __syncthreads();
-  const Lanes lanes{threadIdx.x, blockDim.x};
-  for (uint32_t i = threadIdx.y; i < block.count(); i += blockDim.y) {
-    body.run(items[i], block, lanes);
-  }
+  __shared__ typename Body::Shared shared;
+  body.run(body.block(blockIdx.x), shared, Threads{threadIdx.x, blockDim.x, threadIdx.y, blockDim.y});
 }
 
-// For each block of the body: a thread each prepares its items, then as many lanes as can share one run each.
+// Runs the body's blocks, in each as many lanes to a group as can share its work.
 template <typename Body>
 void launch(const Body& body, int32_t device) {
   const uint32_t lanes = std::min(std::bit_ceil(body.shares()), kWarp);
