@@ -95,7 +95,7 @@ struct Block {
 
 constexpr uint32_t kBlockTaps = 9, kBlockSamples = 8 * kBlockTaps;
 
-// The corners of a block's samples, sorted by their pixels. Corner c of sample i has the number 4 * i + c.
+// The corners of a block's samples, grouped by their pixels. Corner c of sample i has the number 4 * i + c.
 struct CornersByPixel {
   static constexpr uint32_t kCorners = 4 * kBlockSamples, kLogSlots = 9, kSlots = 1 << kLogSlots, kNone = ~0u;
   static_assert(kSlots > kCorners);

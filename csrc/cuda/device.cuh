@@ -28,7 +28,7 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// The size of its L2 cache.
+// The size of the device's L2 cache.
 inline int64_t l2_bytes(int32_t device) {
   int bytes = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
