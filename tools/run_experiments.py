@@ -35,6 +35,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.transforms import Affine2D
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, DictAction
@@ -114,14 +115,14 @@ def compare_stages() -> ExperimentSet:
     return ExperimentSet([plain, *stages], 'detector', 'stages with DCNv2')
 
 
-def compare_offset_rates() -> ExperimentSet:
+def compare_offset_rates(folder: str, schedules: dict[str, str]) -> ExperimentSet:
     experiments = []
     for detector, stem in {'Faster R-CNN': 'faster-rcnn', 'RetinaNet': 'retinanet'}.items():
-        config = f'neon_trees/{stem}_r18-w32{{}}_neon-trees.py'
+        config = f'{folder}/{stem}_r18-w32{{}}_{folder.replace("_", "-")}.py'
         plain = Experiment(detector, 'plain', config.format('_fpn_6e'))
         experiments.append(plain)
-        for rate, ending in {'0.1': '6e', '1': '6e-full-offset-lr'}.items():
-            experiments.append(Experiment(detector, rate, config.format(f'-mdconv-c3-c5_fpn_{ending}'), plain))
+        for rate, schedule in schedules.items():
+            experiments.append(Experiment(detector, rate, config.format(f'-mdconv-c3-c5_fpn_{schedule}'), plain))
     return ExperimentSet(experiments, 'detector', "learning rate of DCNv2's offsets, relative")
 
 
@@ -137,7 +138,8 @@ def compare_deformations() -> ExperimentSet:
 SETS = {
     'mnist_scenes': compare_layers('mnist_scenes'),
     'neon_trees': compare_layers('neon_trees'),
-    'offset_rates': compare_offset_rates(),
+    'mnist_scenes_offset_rates': compare_offset_rates('mnist_scenes', {'0.1': '6e-tenth-offset-lr', '1': '6e'}),
+    'neon_trees_offset_rates': compare_offset_rates('neon_trees', {'0.1': '6e', '1': '6e-full-offset-lr'}),
     'stages': compare_stages(),
     'deformation': compare_deformations(),
 }
@@ -323,11 +325,17 @@ def table(chosen: ExperimentSet, figures: Figures, parameters: dict[Experiment, 
 
 def plot(chosen: ExperimentSet, figures: Figures, path: Path) -> None:
     figure, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for series in dict.fromkeys(experiment.series for experiment in figures):
+    all_series = list(dict.fromkeys(experiment.series for experiment in figures))
+    for index, series in enumerate(all_series):
         points = {e.x: values['AP'] for e, values in figures.items() if e.series == series}
         means, deviations = ([f(values) for values in points.values()] for f in (np.mean, partial(np.std, ddof=1)))
-        line = '-' if all(isinstance(x, float) for x in points) else 'none'
-        ax.errorbar(list(points), means, deviations, marker='o', linestyle=line, capsize=4, label=series)
+        if all(isinstance(x, float) for x in points):
+            line, place = '-', ax.transData
+        else:  # side by side above the name of the category
+            line, place = 'none', Affine2D().translate(0.1 * (index - (len(all_series) - 1) / 2), 0) + ax.transData
+        ax.errorbar(
+            list(points), means, deviations, marker='o', linestyle=line, capsize=4, label=series, transform=place
+        )
     seeds = len(next(iter(figures.values()))['AP'])
     ax.set(xlabel=chosen.x_label, ylabel=f'box AP (%), mean ± standard deviation, {seeds} seeds')
     ax.legend(title=chosen.series_label)
