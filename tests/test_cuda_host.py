@@ -9,6 +9,7 @@ import subprocess
 from itertools import product
 from pathlib import Path
 
+import deform_roi_pool_cases as roi_pool
 import pytest
 import torch
 from deform_conv2d_cases import CASES, Case, draw_grad_output
@@ -35,7 +36,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
     namespace = 'mmdcn_host'
     csrc = shutil.copytree(ROOT / 'csrc', tmp_path_factory.mktemp(namespace) / 'csrc')
     shutil.copy(ROOT / 'tests/cuda_host/device.cuh', csrc / 'cuda')
-    sources = ('cuda/deform_conv2d.cu', 'ops/deform_conv2d.cpp')
+    sources = [name for stem in ('deform_conv2d', 'deform_roi_pool') for name in (f'cuda/{stem}.cu', f'ops/{stem}.cpp')]
     replacements = {
         'LIBRARY_IMPL(mmdcn, CUDA': f'LIBRARY_IMPL({namespace}, CPU',
         'FRAGMENT(mmdcn': f'FRAGMENT({namespace}',
@@ -75,7 +76,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('dtype', TOLERANCES)
 @pytest.mark.parametrize('name', CALLS)
-def test_it_equals_the_cpu(host: object, name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_deform_conv2d_equals_the_cpu(
+    host: object, name: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     case = CALLS[name]
     call = case.draw(dtype).map(lambda t: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t)
     if call.offset.numel():
@@ -93,6 +96,43 @@ def test_it_equals_the_cpu(host: object, name: str, dtype: torch.dtype, memory_f
         gradients = (ops.deform_conv2d_backward(*arguments) for ops in (host, torch.ops.mmdcn))
         for pair in zip(*gradients, strict=True):
             _compare(pair, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', TOLERANCES)
+@pytest.mark.parametrize('name', ['defaults', 'no offsets', 'two samples', 'vectors of channels', 'no region'])
+def test_deform_roi_pool_equals_the_cpu(
+    host: object, name: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    call = roi_pool.CASES[name].draw(dtype)
+    images = call.input.contiguous(memory_format=memory_format)
+    if len(call.rois):
+        call.rois[1, 3] = torch.nan
+    if call.offset is not None and len(call.rois):
+        call.offset[2, 0, 0, 0], call.offset[3, 1, 0, 0] = torch.nan, torch.inf
+    settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
+    arguments = (images, call.rois, call.offset)
+    _compare(
+        [ops.deform_roi_pool(*arguments, call.output_size, *settings) for ops in (host, torch.ops.mmdcn)],
+        TOLERANCES[dtype],
+    )
+    grad_output = roi_pool.draw_grad_output(call)
+    for needed, deterministic in product(((True, True), (True, False), (False, True)), (False, True)):
+        needed = (needed[0], needed[1] and call.offset is not None)
+        gradients = (
+            ops.deform_roi_pool_backward(grad_output, *arguments, *settings, needed, deterministic)
+            for ops in (host, torch.ops.mmdcn)
+        )
+        for pair in zip(*gradients, strict=True):
+            _compare(pair, TOLERANCES[dtype])
+
+
+def test_deform_roi_pool_gives_nan_for_a_region_of_no_image(host: object) -> None:
+    call = roi_pool.CASES['defaults'].draw()
+    call.rois[3, 0] = 2
+    settings = (call.output_size, call.spatial_scale, call.sampling_ratio, call.gamma)
+    output = host.deform_roi_pool(call.input, call.rois, call.offset, *settings)
+    assert output.isnan().flatten(1).all(1).tolist() == [False, False, False, True, False]
 
 
 def _compare(pair: object, tolerance: float) -> None:

@@ -135,6 +135,15 @@ def test_mmcv_agrees(case: Case) -> None:
     assert_close(actual, expected, call, grad_output)
 
 
+@each_case
+def test_torchvision_agrees(case: Case, device: str) -> None:
+    ops = pytest.importorskip('torchvision.ops')
+    call = case.draw(device=device)
+    grad_output = draw_grad_output(call)
+    actual, expected = (gradients(function, call, grad_output) for function in (deform_conv2d, ops.deform_conv2d))
+    assert_close(actual, expected, call, grad_output)
+
+
 # Offsets and pixels that are not ordinary numbers, places where the derivative jumps
 
 

@@ -22,6 +22,15 @@ Tensor call_torch(const char* name, const char* overload, const Args&... args) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+inline Tensor contiguous_as(const Tensor& tensor, torch::headeronly::ScalarType type) {
+  return torch::stable::contiguous(torch::stable::to(tensor, type));
+}
+
 inline Tensor permute(const Tensor& self, const std::vector<int64_t>& dims) {
   return call_torch("aten::permute", "", self, dims);
 }
@@ -63,10 +72,17 @@ inline Tensor empty_matrix(const Tensor& like, torch::headeronly::ScalarType typ
 }
 
 // The memory format that suits a [B, C, H, W] tensor's strides: channels last if the channels lie next to each
-// other and the pixels do not. mmdcn.ops.deform_conv2d._memory_format is its twin.
+// other and the pixels do not. mmdcn.ops._fake.memory_format is its twin.
 inline torch::headeronly::MemoryFormat memory_format(const Tensor& images) {
   const bool channels_last = images.size(1) > 1 && images.stride(1) == 1 && images.stride(3) >= images.size(1);
   return channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+}
+
+// A gradient of a tensor; one that is not needed has no elements.
+inline Tensor empty_gradient(bool needed, const Tensor& tensor, torch::headeronly::ScalarType type,
+                             torch::headeronly::MemoryFormat format = torch::headeronly::MemoryFormat::Contiguous) {
+  if (!needed) return torch::stable::empty({0}, type, std::nullopt, tensor.device());
+  return torch::stable::empty(tensor.sizes(), type, std::nullopt, tensor.device(), std::nullopt, format);
 }
 
 }  // namespace mmdcn

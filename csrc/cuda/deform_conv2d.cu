@@ -24,11 +24,6 @@ int64_t tile_bytes(int32_t device) { return std::max(l2_bytes(device) / 2, kMinT
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-template <typename T>
 Planes<T> planes(const std::optional<Tensor>& tensor) {
   if (!tensor) return {};
   return {data<T>(*tensor), tensor->stride(0), tensor->stride(1), tensor->stride(2), tensor->stride(3)};

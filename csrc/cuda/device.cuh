@@ -92,8 +92,9 @@ struct Threads {
   }
 };
 
+// Body::kResident blocks, at the least, must fit a multiprocessor at a time; 0 leaves that to the compiler.
 template <typename Body>
-__global__ void __launch_bounds__(kThreads) run_block(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(kThreads, Body::kResident) run_block(const __grid_constant__ Body body) {
   __shared__ typename Body::Shared shared;
   body.run(body.block(blockIdx.x), shared, Threads{threadIdx.x, blockDim.x, threadIdx.y, blockDim.y});
 }

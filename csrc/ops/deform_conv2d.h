@@ -80,10 +80,4 @@ inline void check_backward(const Tensor& grad_output, const Tensor& input, const
 // grad_input, grad_offset, grad_mask, grad_weight; one that was not asked for has no elements.
 using DeformConv2dGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-inline Tensor empty_gradient(bool needed, const Tensor& tensor, torch::headeronly::ScalarType type,
-                             torch::headeronly::MemoryFormat format = torch::headeronly::MemoryFormat::Contiguous) {
-  if (!needed) return torch::stable::empty({0}, type, std::nullopt, tensor.device());
-  return torch::stable::empty(tensor.sizes(), type, std::nullopt, tensor.device(), std::nullopt, format);
-}
-
 }  // namespace mmdcn

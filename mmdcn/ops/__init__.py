@@ -5,6 +5,8 @@ from mmdcn._extension import load
 
 load()
 
-from mmdcn.ops.deform_conv2d import deform_conv2d  # noqa: E402  (its registrations need the core)
+# Their registrations need the core.
+from mmdcn.ops.deform_conv2d import deform_conv2d  # noqa: E402
+from mmdcn.ops.deform_roi_pool import deform_roi_pool  # noqa: E402
 
-__all__ = ['deform_conv2d']
+__all__ = ['deform_conv2d', 'deform_roi_pool']

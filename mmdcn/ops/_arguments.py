@@ -66,3 +66,23 @@ def check_shape(tensor: Tensor, name: str, layout: str, *sizes: int) -> None:
         all(got == size for got, size in zip(tensor.shape, sizes, strict=True)),
         lambda: f'{name} must have shape {layout} = {list(sizes)}, got shape {list(tensor.shape)}',
     )
+
+
+def single_if_low(input: Tensor) -> list[torch.dtype]:
+    """Give float32 if the input's type is narrower: places have more digits than that."""
+    return [torch.float32] if input.dtype in (torch.float16, torch.bfloat16) else []
+
+
+def autocast(values: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
+    """Bring values, the input first, to autocast's type, and what makes places or masks to float32."""
+    device = values[0].device.type if isinstance(values[0], Tensor) else ''
+    if not (device and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return list(values), list(places)
+
+    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+            return tensor.to(dtype)
+        return tensor  # float64 too, as torch's own rules do
+
+    low = torch.get_autocast_dtype(device)
+    return [cast(value, low) for value in values], [cast(place, torch.float32) for place in places]

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from mmdcn import reference
-from mmdcn.ops._arguments import Pair, check, check_floating, check_like, check_shape, pair
+from mmdcn.ops._arguments import (
+    Pair,
+    autocast,
+    check,
+    check_floating,
+    check_like,
+    check_shape,
+    pair,
+    single_if_low,
+)
+from mmdcn.ops._fake import empty_gradient, memory_format
 from mmdcn.ops._transforms import into_batch, into_channels, pull_back, run, unfold
 
 _OP = 'mmdcn::deform_conv2d'
@@ -60,7 +70,7 @@ def deform_conv2d(
         ValueError: If an argument's rank, shape, type or device does not fit, or the output would
             be empty.
     """
-    input, offset, weight, bias, mask = _autocast(input, offset, weight, bias, mask)
+    (input, weight, bias), (offset, mask) = autocast((input, weight, bias), (offset, mask))
     step, pad, gap = (
         pair(stride, 'stride', 1),
         pair(padding, 'padding', 0),
@@ -68,26 +78,6 @@ def deform_conv2d(
     )
     groups, offset_groups = _check(input, offset, weight, bias, step, pad, gap, mask)
     return _convolve(input, offset, mask, weight, bias, step, pad, gap, groups, offset_groups)
-
-
-def _autocast(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Any:
-    """Bring the tensors to autocast's type, but what makes places and masks to float32."""
-    tensors = (input, offset, weight, bias, mask)
-    if not isinstance(input, Tensor) or not _autocasts(input.device.type):
-        return tensors
-    low = torch.get_autocast_dtype(input.device.type)
-    types = (low, torch.float32, low, low, torch.float32)
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-            return tensor.to(dtype)
-        return tensor  # float64 too, as torch's own rules do
-
-    return tuple(cast(tensor, dtype) for tensor, dtype in zip(tensors, types, strict=True))
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check(
@@ -149,7 +139,7 @@ def _check(
     )
     check_shape(offset, 'offset', '[B, 2*G*K, H_out, W_out]', batch, 2 * offset_groups * taps, *out_size)
     check_like(weight, 'weight', input, input.dtype)
-    check_like(offset, 'offset', input, input.dtype, *_single_if_low(input))
+    check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
     if mask is not None:
         check_floating(mask, 'mask', 4, '[B, G*K, H_out, W_out]')
         check_shape(
@@ -166,10 +156,6 @@ def _check(
         check_shape(bias, 'bias', '[C_out]', out_channels)
         check_like(bias, 'bias', input, input.dtype)
     return groups, offset_groups
-
-
-def _single_if_low(input: Tensor) -> list[torch.dtype]:
-    return [torch.float32] if input.dtype in (torch.float16, torch.bfloat16) else []
 
 
 def _output_size(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
@@ -217,12 +203,6 @@ def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(grad if needed else placeholder for grad, needed in zip(gradients, output_mask, strict=True))
 
 
-def _memory_format(images: Tensor) -> torch.memory_format:
-    """The twin of memory_format in csrc/core/stable_ops.h."""
-    channels_last = images.shape[1] > 1 and images.stride(1) == 1 and images.stride(3) >= images.shape[1]
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 @torch.library.register_fake(_OP)
 def _fake(
     input: Tensor,
@@ -246,7 +226,7 @@ def _fake(
         weight.shape[0],
         *_output_size(input, weight, stride, padding, dilation),
     )
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
 @torch.library.register_fake(_BACKWARD_OP)
@@ -264,16 +244,11 @@ def _fake_backward(
     output_mask: Sequence[bool],
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def gradient(needed: bool, tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        if not needed:
-            return tensor.new_empty(0)
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
-
     return (
-        gradient(output_mask[0], input, _memory_format(input)),
-        gradient(output_mask[1], offset),
-        gradient(output_mask[2], offset if mask is None else mask),
-        gradient(output_mask[3], weight),
+        empty_gradient(output_mask[0], input, memory_format(input)),
+        empty_gradient(output_mask[1], offset),
+        empty_gradient(output_mask[2], offset if mask is None else mask),
+        empty_gradient(output_mask[3], weight),
     )
 
 

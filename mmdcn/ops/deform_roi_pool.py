@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable RoI pooling: the function, and what torch must know about its operator."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdcn import reference
+from mmdcn.ops._arguments import (
+    Pair,
+    autocast,
+    check,
+    check_floating,
+    check_like,
+    check_shape,
+    pair,
+    single_if_low,
+)
+from mmdcn.ops._fake import empty_gradient, memory_format
+from mmdcn.ops._transforms import into_batch, pull_back, run, unfold
+
+_OP = 'mmdcn::deform_roi_pool'
+_BACKWARD_OP = 'mmdcn::deform_roi_pool_backward'
+
+
+def deform_roi_pool(
+    input: Tensor,  # [B, C, H, W]
+    rois: Tensor,  # [N, 5]
+    offset: Tensor | None,  # [N, 2, ph, pw]
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+) -> Tensor:  # [N, C, ph, pw]
+    """Pool regions of interest into bins that move by offsets of their own.
+
+    This is deformable RoI pooling (Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.2) on the grid
+    of RoIAlign (He et al., Mask R-CNN, ICCV 2017, section 3), as mmcv has it: without offsets it is RoIAlign, aligned.
+    A bin is the mean of bilinear samples. A sample more than one pixel beyond the image is zero, one that is nearer
+    counts as the nearest pixel.
+
+    Args:
+        input: Images, in float64, float32, float16 or bfloat16; of any strides. The output has their memory format.
+        rois: The regions, (image, x1, y1, x2, y2): the number of the image, and two corners in pixels of the image
+            that `spatial_scale` maps to `input`. In the type of the input, or in float32 where that is narrower. They
+            get no gradient. A region with a NaN or an infinite corner gives NaN.
+        offset: Moves of each bin, (x, y) in units of gamma times the region's size; the type is as for the regions.
+            None: no bin moves. An infinite offset pools zero, a NaN gives NaN.
+        output_size: Number of bins, at least 1; one integer or (ph, pw).
+        spatial_scale: Size of a pixel of the image in pixels of `input`.
+        sampling_ratio: Samples of a bin along each axis. 0: as many as it has pixels, rounded up.
+        gamma: Scale of the offsets.
+
+    Returns:
+        The bins, in the type of the input; under autocast, in autocast's type, while regions and offsets keep float32.
+
+    Raises:
+        ValueError: If an argument's rank, shape, type or device does not fit.
+        RuntimeError: If a region names an image that is not there. On CUDA, where to ask would mean to wait for the
+            device, such a region gives NaN instead.
+    """
+    (input,), (rois, offset) = autocast((input,), (rois, offset))
+    size = pair(output_size, 'output_size', 1)
+    _check(input, rois, offset, size, sampling_ratio)
+    return _pool(input, rois, offset, size, float(spatial_scale), sampling_ratio, float(gamma))
+
+
+def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair, sampling_ratio: int) -> None:
+    check_floating(input, 'input', 4, '[B, C, H, W]')
+    check_floating(rois, 'rois', 2, '[N, 5]')
+    check(
+        input.shape[1] * input.shape[2] * input.shape[3] > 0,
+        lambda: f'input must have channels and pixels, got shape {list(input.shape)}',
+    )
+    check_shape(rois, 'rois', '[N, 5], (image, x1, y1, x2, y2)', rois.shape[0], 5)
+    check_like(rois, 'rois', input, input.dtype, *single_if_low(input))
+    check(
+        isinstance(sampling_ratio, int | torch.SymInt) and sampling_ratio >= 0,
+        lambda: f'sampling_ratio must be an integer, 0 or more, got {sampling_ratio!r}',
+    )
+    if offset is not None:
+        check_floating(offset, 'offset', 4, '[N, 2, ph, pw]')
+        check_shape(offset, 'offset', '[N, 2, ph, pw]', rois.shape[0], 2, *size)
+        check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
+
+
+def _pool(*arguments: Any) -> Tensor:
+    """Run the operator, with its arguments."""
+    return run(torch.ops.mmdcn.deform_roi_pool, reference.deform_roi_pool, _DeformRoIPool, *arguments)
+
+
+def _pool_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run the operator's backward, with its arguments."""
+    return run(torch.ops.mmdcn.deform_roi_pool_backward, _reference_backward, _DeformRoIPoolBackward, *arguments)
+
+
+def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors_and_settings, output_mask, _deterministic = arguments
+    gradients: Any = reference.deform_roi_pool_backward(*tensors_and_settings)
+    placeholder = arguments[0].new_empty(0)
+    return tuple(grad if needed else placeholder for grad, needed in zip(gradients, output_mask, strict=True))
+
+
+@torch.library.register_fake(_OP)
+def _fake(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: Pair,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> Tensor:
+    _check(input, rois, offset, output_size, sampling_ratio)
+    size = (rois.shape[0], input.shape[1], *output_size)
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+@torch.library.register_fake(_BACKWARD_OP)
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+    output_mask: Sequence[bool],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        empty_gradient(output_mask[0], input, memory_format(input)),
+        empty_gradient(output_mask[1], rois if offset is None else offset),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.settings = inputs[4:]
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, rois, offset = ctx.saved_tensors
+    needs_input, _, needs_offset, *_ = ctx.needs_input_grad
+    gradients: tuple[Tensor | None, ...] = (None, None)
+    if needs_input or needs_offset:
+        settings = (*ctx.settings, (needs_input, needs_offset), torch.are_deterministic_algorithms_enabled())
+        gradients = _pool_backward(grad_output, input, rois, offset, *settings)
+    return (
+        gradients[0] if needs_input else None,
+        None,  # rois
+        gradients[1] if needs_offset else None,
+        None,  # output_size
+        None,  # spatial_scale
+        None,  # sampling_ratio
+        None,  # gamma
+    )
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.settings = inputs[4:]
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate the reference's backward, made of torch's operators; so any order works."""
+    return pull_back(_reference_backward, ctx.saved_tensors, ctx.settings, grads)
+
+
+def _numbered(size: int, dim: int | None, rois: Tensor, images: int) -> Tensor:  # [V*N, 5]
+    """Bring the regions of V calls, each with so many images, to those of one."""
+    rois = rois.to(torch.promote_types(rois.dtype, torch.float32))  # narrower types cannot count so many images
+    stacked = rois.expand(size, *rois.shape) if dim is None else rois.movedim(dim, 0)
+    first = torch.arange(size, dtype=rois.dtype, device=rois.device) * images
+    return torch.cat([stacked[..., :1] + first[:, None, None], stacked[..., 1:]], dim=2).flatten(0, 1)
+
+
+def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
+    """Map over V calls by one with V times the regions, and with V times the images if those differ."""
+    size = info.batch_size
+    input, rois, offset, *settings = arguments
+    shared = in_dims[0] is None
+    images = input if shared else input.movedim(in_dims[0], 0).flatten(0, 1)
+    regions = _numbered(size, in_dims[1], rois, 0 if shared else len(images) // size)
+    return unfold(size, 0, pool(images, regions, into_batch(size, in_dims[2], offset), *settings)), 0
+
+
+def _vmap_backward(
+    pool_backward: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], *arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Do as _vmap does; but a gradient of the images is one for each of the V calls."""
+    size = info.batch_size
+    grad_output, input, rois, offset, *settings = arguments
+    grads, images, moves = (
+        into_batch(size, dim, tensor)
+        for dim, tensor in zip((in_dims[0], in_dims[1], in_dims[3]), (grad_output, input, offset), strict=True)
+    )
+    assert images is not None
+    regions = _numbered(size, in_dims[2], rois, len(images) // size)
+    gradients = pool_backward(grads, images, regions, moves, *settings)
+    dims = tuple(0 if needed else None for needed in settings[-2])
+    return tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True)), dims
+
+
+class _DeformRoIPool(torch.autograd.Function):
+    """The operator as torch.func wants it; see Note [Three ways to run] in _transforms.py."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return torch.ops.mmdcn.deform_roi_pool(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+    vmap = staticmethod(partial(_vmap, _pool))
+
+
+class _DeformRoIPoolBackward(torch.autograd.Function):
+    """The operator's backward as torch.func wants it."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.mmdcn.deform_roi_pool_backward(*arguments)
+
+    setup_context = staticmethod(_setup_backward_context)
+    backward = staticmethod(_double_backward)
+    vmap = staticmethod(partial(_vmap_backward, _pool_backward))
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
+torch.library.register_autograd(_BACKWARD_OP, _double_backward, setup_context=_setup_backward_context)
+torch.library.register_vmap(_OP, partial(_vmap, torch.ops.mmdcn.deform_roi_pool))
+torch.library.register_vmap(_BACKWARD_OP, partial(_vmap_backward, torch.ops.mmdcn.deform_roi_pool_backward))

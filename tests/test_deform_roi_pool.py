@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmdcn.ops.deform_roi_pool: values, gradients, memory, types, errors and transforms, on every device."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from deform_conv2d_cases import LAYOUTS, Recorder, expanded
+from deform_roi_pool_cases import (
+    CASES,
+    Call,
+    Case,
+    assert_close,
+    draw_grad_output,
+    expected_gradients,
+    gradients,
+)
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import hessian, jacfwd, jacrev, vmap
+
+from mmdcn import reference
+from mmdcn.ops import deform_roi_pool
+
+EXACT = {'rtol': 0, 'atol': 0}
+each_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+each_dtype = pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+def check_against_reference(call: Call) -> None:
+    grad_output = draw_grad_output(call)
+    actual = gradients(deform_roi_pool, call, grad_output)
+    assert_close(actual, expected_gradients(call, grad_output), call, grad_output)
+
+
+# Values
+
+
+@each_case
+@each_dtype
+def test_output_and_every_gradient_equal_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
+    check_against_reference(case.draw(dtype, device))
+
+
+@each_case
+def test_the_backward_of_the_reference_is_the_derivative_of_its_forward(case: Case) -> None:
+    call = case.draw()
+    grad_output = draw_grad_output(call)
+    settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
+    by_hand = reference.deform_roi_pool_backward(grad_output, call.input, call.rois, call.offset, *settings)
+    expected = expected_gradients(call, grad_output)
+    for name, gradient in zip(('input', 'offset'), by_hand, strict=True):
+        if name in expected:
+            torch.testing.assert_close(gradient, expected[name])
+
+
+def mmcv_roi_align(call: Call) -> Tensor:
+    ops = pytest.importorskip('mmcv.ops')
+    return ops.roi_align(call.input, call.rois, call.output_size, call.spatial_scale, call.sampling_ratio, 'avg', True)
+
+
+def torchvision_roi_align(call: Call) -> Tensor:
+    ops = pytest.importorskip('torchvision.ops')
+    sampling_ratio = call.sampling_ratio or -1
+    return ops.roi_align(call.input, call.rois, call.output_size, call.spatial_scale, sampling_ratio, True)
+
+
+def bins_of_moved_regions(call: Call, roi_align: Callable[[Call], Tensor]) -> Tensor:
+    """Pool each bin by RoIAlign from a region that lies where the offset moves this bin."""
+    output = call.input.new_empty(len(call.rois), call.input.shape[1], *call.output_size)
+    size = (call.rois[:, 3:] - call.rois[:, 1:3]).repeat(1, 2)
+    for row in range(call.output_size[0]):
+        for column in range(call.output_size[1]):
+            moves = call.gamma * size * call.offset[:, :, row, column].repeat(1, 2)
+            moved = replace(call, rois=torch.cat([call.rois[:, :1], call.rois[:, 1:] + moves], 1))
+            output[:, :, row, column] = roi_align(moved)[:, :, row, column]
+    return output
+
+
+@pytest.mark.parametrize('roi_align', [mmcv_roi_align, torchvision_roi_align])
+@pytest.mark.parametrize('name', [name for name, case in CASES.items() if case.batch and case.rois])
+def test_a_bin_is_that_of_roi_align_on_a_moved_region_and_so_is_its_gradient(
+    name: str, roi_align: Callable[[Call], Tensor]
+) -> None:
+    call = CASES[name].draw()
+    call = replace(call, input=call.input.requires_grad_())
+    expected = roi_align(call) if call.offset is None else bins_of_moved_regions(call, roi_align)
+    actual = call(deform_roi_pool)
+    grad_output = draw_grad_output(call)
+    torch.testing.assert_close(actual, expected)
+    (ours,), (theirs,) = (torch.autograd.grad(output, call.input, grad_output) for output in (actual, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(('channel', 'step'), [(0, (0, 3)), (1, (2, 0))], ids=['x', 'y'])
+def test_of_the_two_offset_channels_the_first_moves_a_bin_right_and_the_second_down(
+    channel: int, step: tuple[int, int], device: str
+) -> None:
+    """By the width, or the height, of the region, times gamma."""
+    input = torch.randn(1, 1, 9, 10, generator=torch.Generator().manual_seed(0)).to(device, torch.float64)
+    roi = torch.tensor([[0, 0.5, 0.5, 6.5, 4.5]], device=device, dtype=torch.float64)  # 6 x 4 pixels from (0, 0)
+    offset = torch.zeros(1, 2, 4, 6, device=device, dtype=torch.float64)
+    offset[:, channel] = 1
+    output = deform_roi_pool(input, roi, offset, (4, 6), gamma=0.5)
+    rows, columns = step
+    cells = torch.nn.functional.avg_pool2d(input, 2, 1)
+    torch.testing.assert_close(output[0, 0], cells[0, 0, rows : rows + 4, columns : columns + 6])
+
+
+# Places and pixels that are not ordinary numbers
+
+
+def test_a_region_of_no_size_is_zero_and_one_that_is_inside_out_pools_backwards(device: str) -> None:
+    call = replace(Case(offset=False, bins=(1, 2), sampling_ratio=2).draw(device=device), spatial_scale=1.0)
+    point = torch.tensor([[0.0, 3, 3, 3, 3]]).to(call.rois)
+    assert not replace(call, rois=point, sampling_ratio=0)(deform_roi_pool).any()
+    forth, back = (torch.tensor([[0.0, *xs]]).to(call.rois) for xs in ((2, 1, 7, 5), (7, 5, 2, 1)))
+    one, other = (replace(call, rois=rois)(deform_roi_pool) for rois in (forth, back))
+    torch.testing.assert_close(one, other.flip(3))
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize('corner', [1, 2, 3, 4])
+def test_a_region_that_is_no_number_gives_nan_and_its_neighbours_none(bad: float, corner: int, device: str) -> None:
+    call = CASES['defaults'].draw(device=device)
+    expected = gradients(deform_roi_pool, call, draw_grad_output(call))
+    call.rois[1, corner] = bad
+    actual = gradients(deform_roi_pool, call, draw_grad_output(call))
+    others = [0, 2, 3, 4]
+    for name in ('output', 'offset'):
+        assert actual[name][1].isnan().all()
+        torch.testing.assert_close(actual[name][others], expected[name][others], **EXACT)
+    assert actual['input'].isfinite().all()
+
+
+@pytest.mark.parametrize('axis', [0, 1], ids=['x', 'y'])
+def test_a_nan_offset_gives_nan_in_its_bin_alone_and_an_infinite_one_zero(axis: int, device: str) -> None:
+    call = CASES['defaults'].draw(device=device)
+    grad_output = draw_grad_output(call)
+    expected = gradients(deform_roi_pool, call, grad_output)
+    for bad, value in ((torch.nan, torch.nan), (torch.inf, 0.0), (-torch.inf, 0.0), (1e30, 0.0)):
+        offset = call.offset.clone()
+        offset[2, axis, 1, 0] = bad
+        actual = gradients(deform_roi_pool, replace(call, offset=offset), grad_output)
+        for name in ('output', 'offset'):
+            own = torch.zeros_like(actual[name], dtype=torch.bool)
+            own[2, :, 1, 0] = True
+            assert torch.equal(
+                actual[name][own].nan_to_num(-1), torch.full_like(actual[name][own], value).nan_to_num(-1)
+            )
+            torch.testing.assert_close(actual[name][~own], expected[name][~own], **EXACT)
+        assert actual['input'].isfinite().all()
+
+
+@pytest.mark.parametrize('size', [1e3, 1e9, 1e30])
+def test_a_huge_region_costs_no_more_than_the_image(size: float, device: str) -> None:
+    """It has up to 1e60 samples. The middle one of nine bins holds the image."""
+    call = replace(Case(offset=False, bins=(3, 3)).draw(device=device), spatial_scale=1.0)
+    call = replace(call, rois=torch.tensor([[0.0, -size, -size, size, size]]).to(call.rois))
+    grad_output = draw_grad_output(call)
+    result = gradients(deform_roi_pool, call, grad_output)
+    if size < 1e9:
+        assert_close(result, expected_gradients(call, grad_output), call, grad_output)
+    # Samples are a pixel apart, or nearly; up to two of them are beyond an edge, and count as the pixel there.
+    assert (result['output'][0, :, 1, 1].abs() <= 9 * call.input[0].abs().sum((1, 2)) / (2 * size / 3) ** 2).all()
+    assert result['output'].count_nonzero() <= call.input.shape[1]
+    assert result['input'].isfinite().all()
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf], ids=str)
+def test_a_pixel_that_is_not_a_number_reaches_only_bins_with_a_sample_in_the_cells_around_it(
+    bad: float, device: str
+) -> None:
+    input = torch.zeros(1, 1, 8, 8, device=device)
+    input[0, 0, 4, 4] = bad
+    roi = torch.tensor([[0, 0.75, 0.75, 8.75, 8.75]], device=device)  # samples at 0.75, 1.75, ...
+    output = deform_roi_pool(input, roi, None, 8, sampling_ratio=1)[0, 0]
+    expected = torch.zeros(8, 8, dtype=torch.bool, device=device)
+    expected[3:5, 3:5] = True
+    assert torch.equal(~output.isfinite(), expected)
+
+
+@pytest.mark.parametrize('image', [-1.0, 2.0, 1e30, torch.nan])
+def test_a_region_of_an_image_that_is_not_there_reads_nothing(image: float, device: str) -> None:
+    call = CASES['defaults'].draw(device=device)
+    call.rois[3, 0] = image
+    if device == 'cpu':
+        message = f'rois[3, 0] must be the number of an image of input, from 0 to 1, got {image:g}'
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            call(deform_roi_pool)
+    else:
+        assert call(deform_roi_pool)[3].isnan().all()
+
+
+# Memory
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_an_image_too_large_to_copy_whole_gives_what_the_reference_does(dtype: torch.dtype, device: str) -> None:
+    """The CPU copies 9 MiB of an image at a time, and so two parts or three of the channels of this one."""
+    call = Case(channels=70, size=(340, 310), rois=3).draw(dtype, device)
+    assert 4 * call.input[0].numel() > 9 << 20
+    check_against_reference(call)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_every_mix_of_strides_gives_the_same_values(layout: str, device: str) -> None:
+    call = CASES['vectors of channels'].draw(device=device)
+    call = replace(call, input=LAYOUTS[layout](call.input), rois=call.rois.t().contiguous().t())
+    grad_output = draw_grad_output(call)
+    for arrange in LAYOUTS.values():
+        mixed = replace(call, offset=arrange(call.offset))
+        grads = grad_output if arrange is expanded else arrange(grad_output)
+        expected = expected_gradients(mixed.map(Tensor.contiguous), grad_output)
+        assert_close(gradients(deform_roi_pool, mixed, grads), expected, call, grad_output)
+
+
+@each_dtype
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_output_and_gradient_follow_the_memory_format_of_the_input(
+    memory_format: torch.memory_format, dtype: torch.dtype, device: str
+) -> None:
+    call = CASES['defaults'].draw(dtype, device)
+    call = replace(call, input=call.input.contiguous(memory_format=memory_format))
+    result = gradients(deform_roi_pool, call, draw_grad_output(call))
+    assert result['output'].is_contiguous(memory_format=memory_format)
+    assert result['input'].is_contiguous(memory_format=memory_format)
+
+
+# Types
+
+
+@pytest.mark.parametrize('low', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_images_but_neither_regions_nor_offsets(low: torch.dtype, device: str) -> None:
+    call = CASES['defaults'].draw(torch.float32, device)
+    call = replace(call, rois=call.rois + 1 / 4096, offset=call.offset + 1 / 4096)  # lost by the low types
+    call.rois[:, 0].floor_()
+    with torch.autocast(device, low):
+        output = call(deform_roi_pool)
+    assert output.dtype == low
+    torch.testing.assert_close(output, replace(call, input=call.input.to(low))(deform_roi_pool), **EXACT)
+
+
+# Work that is not done, and determinism
+
+
+@pytest.mark.parametrize('needed', [['input'], ['offset'], ['input', 'offset'], []], ids=lambda names: '+'.join(names))
+def test_only_the_gradients_that_are_needed_are_computed(needed: list[str], device: str) -> None:
+    call = CASES['defaults'].draw(device=device)
+    grad_output = draw_grad_output(call)
+    expected = expected_gradients(call, grad_output)
+    tensors = {name: tensor.requires_grad_(name in needed) for name, tensor in call.tensors().items()}
+    with Recorder() as recorder:
+        output = call(deform_roi_pool)
+        if needed:
+            grads = torch.autograd.grad(output, [tensors[name] for name in needed], grad_output)
+            assert_close(dict(zip(needed, grads, strict=True)), expected, call, grad_output)
+    of_backward = [args for name, args, _ in recorder.calls if name == 'deform_roi_pool_backward']
+    assert [list(args[-2]) for args in of_backward] == ([['input' in needed, 'offset' in needed]] if needed else [])
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels last'])
+@pytest.mark.parametrize('name', ['defaults', 'several blocks of channels'])
+def test_on_the_cpu_neither_runs_nor_the_number_of_threads_change_a_bit(name: str, layout: str) -> None:
+    call = CASES[name].draw(torch.float32)
+    call = replace(call, input=LAYOUTS[layout](call.input))
+    grad_output = draw_grad_output(call)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = gradients(deform_roi_pool, call, grad_output)
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            for key, result in gradients(deform_roi_pool, call, grad_output).items():
+                assert torch.equal(result, expected[key]), f'{key} with {count} threads'
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_deterministic_algorithms_give_the_same_bits_in_each_run(device: str) -> None:
+    call = Case(channels=40, size=(6, 7), rois=50, reach=2).draw(torch.float32, device)
+    grad_output = draw_grad_output(call)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients(deform_roi_pool, call, grad_output)
+        for _ in range(5):
+            for name, again in gradients(deform_roi_pool, call, grad_output).items():
+                assert torch.equal(again, first[name]), name
+        assert_close(first, expected_gradients(call, grad_output), call, grad_output)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures('two_threads')
+@each_case
+def test_inference_mode_changes_no_bit(case: Case, device: str) -> None:
+    call = case.draw(torch.float32, device)
+    expected = call(deform_roi_pool)
+    with torch.inference_mode():
+        assert torch.equal(call.map(torch.clone)(deform_roi_pool), expected)
+
+
+# Derivatives and transforms
+
+
+def function_of(call: Call) -> tuple[Any, tuple[Tensor, ...]]:
+    """Give the pooling as a function of the tensors that have gradients, and these."""
+    names = list(call.tensors())
+
+    def function(*tensors: Tensor) -> Tensor:
+        return replace(call, **dict(zip(names, tensors, strict=True)))(deform_roi_pool)
+
+    return function, tuple(call.tensors().values())
+
+
+TINY = Case(channels=2, size=(4, 3), rois=2, bins=(1, 2))
+
+
+@pytest.mark.parametrize('case', [TINY, replace(TINY, offset=False), replace(TINY, sampling_ratio=2)], ids=str)
+def test_first_and_second_derivatives_are_those_of_finite_differences(case: Case, device: str) -> None:
+    function, tensors = function_of(case.draw(device=device).map(lambda tensor: tensor.requires_grad_()))
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_regions_get_no_gradient(device: str) -> None:
+    call = CASES['defaults'].draw(device=device).map(lambda tensor: tensor.requires_grad_())
+    grads = torch.autograd.grad(call(deform_roi_pool).sum(), [call.rois, call.input], allow_unused=True)
+    assert grads[0] is None
+
+
+def test_jacrev_equals_jacfwd_and_the_hessian_that_of_autograd(device: str) -> None:
+    function, tensors = function_of(TINY.draw(device=device))
+    for rows, columns in zip(
+        jacrev(function, argnums=(0, 1))(*tensors), jacfwd(function, argnums=(0, 1))(*tensors), strict=True
+    ):
+        torch.testing.assert_close(rows, columns)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return function(*tensors).square().sum()
+
+    torch.testing.assert_close(
+        hessian(loss, argnums=(0, 1))(*tensors), torch.autograd.functional.hessian(loss, tensors)
+    )
+
+
+def test_a_tangent_in_eager_mode_reaches_the_output(device: str) -> None:
+    function, tensors = function_of(TINY.draw(device=device))
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+
+    def moved(step: float) -> Tensor:
+        return function(*(tensor + step * tangent for tensor, tangent in zip(tensors, tangents, strict=True)))
+
+    expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    with forward_ad.dual_level():
+        output = function(*map(forward_ad.make_dual, tensors, tangents))
+        torch.testing.assert_close(forward_ad.unpack_dual(output).tangent, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('names', [['input'], ['rois'], ['offset'], ['input', 'rois', 'offset']], ids='+'.join)
+@each_dtype
+def test_vmap_equals_a_loop_and_runs_the_operator_once(names: list[str], dtype: torch.dtype, device: str) -> None:
+    calls = [CASES['defaults'].draw(dtype, device, seed) for seed in range(3)]
+    arguments = ('input', 'rois', 'offset')
+    shared = {name: getattr(calls[0], name) for name in arguments if name not in names}
+    calls = [replace(call, **shared) for call in calls]
+    dims = [i % 2 if name in names else None for i, name in enumerate(arguments)]
+    values = [
+        getattr(calls[0], name) if dim is None else torch.stack([getattr(call, name) for call in calls], dim)
+        for name, dim in zip(arguments, dims, strict=True)
+    ]
+    with Recorder() as recorder:
+        outputs = vmap(
+            lambda *tensors: replace(calls[0], **dict(zip(arguments, tensors, strict=True)))(deform_roi_pool),
+            in_dims=tuple(dims),
+        )(*values)
+    assert len(recorder.calls) == 1
+    for output, call in zip(outputs, calls, strict=True):
+        torch.testing.assert_close(output, call(deform_roi_pool))
+
+
+# torch.library and torch.compile
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('name', ['defaults', 'no offsets', 'no region'])
+def test_opcheck_is_clean(name: str, memory_format: torch.memory_format, device: str) -> None:
+    call = CASES[name].draw(device=device)
+    call = replace(call, input=call.input.contiguous(memory_format=memory_format))
+    settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
+    leaves = call.map(lambda tensor: tensor.requires_grad_())
+    arguments = (leaves.input, call.rois.detach(), leaves.offset, call.output_size, *settings)
+    torch.library.opcheck(torch.ops.mmdcn.deform_roi_pool, arguments)
+    needed = (True, call.offset is not None)
+    arguments = (draw_grad_output(call), call.input.detach(), call.rois.detach(), call.offset, *settings, needed, False)
+    torch.library.opcheck(
+        torch.ops.mmdcn.deform_roi_pool_backward,
+        tuple(argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments),
+    )
+
+
+def test_any_number_of_regions_runs_in_one_graph(device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(deform_roi_pool, fullgraph=True, dynamic=True, backend='aot_eager')
+    for rois in (5, 9, 2):
+        call = replace(CASES['defaults'], rois=rois).draw(torch.float32, device)
+        grad_output = draw_grad_output(call)
+        actual = gradients(compiled, call, grad_output)
+        for name, expected in gradients(deform_roi_pool, call, grad_output).items():
+            torch.testing.assert_close(actual[name], expected)
+
+
+# Errors
+
+GOOD = CASES['defaults'].draw(torch.float32)
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    'input is a list': ({'input': [0.0]}, 'input must be a tensor [B, C, H, W], got list'),
+    'input without a batch': (
+        {'input': GOOD.input[0]},
+        'input must have 4 dimensions [B, C, H, W], got shape [3, 9, 12]',
+    ),
+    'input without pixels': (
+        {'input': GOOD.input[..., :0]},
+        'input must have channels and pixels, got shape [2, 3, 9, 0]',
+    ),
+    'regions without an image': (
+        {'rois': GOOD.rois[:, 1:]},
+        'rois must have shape [N, 5], (image, x1, y1, x2, y2) = [5, 5], got shape [5, 4]',
+    ),
+    'one region': ({'rois': GOOD.rois[0]}, 'rois must have 2 dimensions [N, 5], got shape [5]'),
+    'regions of integers': (
+        {'rois': GOOD.rois.long()},
+        'rois must be of type float64, float32, float16 or bfloat16, got torch.int64',
+    ),
+    'regions in float64': ({'rois': GOOD.rois.double()}, 'rois must be of type torch.float32, got torch.float64'),
+    'low regions in another type': (
+        {'input': GOOD.input.half(), 'rois': GOOD.rois.bfloat16()},
+        'rois must be of type torch.float16 or torch.float32, got torch.bfloat16',
+    ),
+    'offsets of other bins': (
+        {'offset': GOOD.offset[..., :2]},
+        'offset must have shape [N, 2, ph, pw] = [5, 2, 2, 3], got shape [5, 2, 2, 2]',
+    ),
+    'offsets of other regions': (
+        {'offset': GOOD.offset[:4]},
+        'offset must have shape [N, 2, ph, pw] = [5, 2, 2, 3], got shape [4, 2, 2, 3]',
+    ),
+    'offsets on another device': (
+        {'offset': GOOD.offset.to('meta')},
+        'offset must be on the device of input, cpu, got meta',
+    ),
+    'no bins': ({'output_size': (2, 0)}, 'output_size must be at least 1, got (2, 0)'),
+    'three sizes': (
+        {'output_size': (2, 3, 4)},
+        'output_size must be an integer or a pair (y, x) of integers, got (2, 3, 4)',
+    ),
+    'fewer than no samples': ({'sampling_ratio': -1}, 'sampling_ratio must be an integer, 0 or more, got -1'),
+    'half a sample': ({'sampling_ratio': 0.5}, 'sampling_ratio must be an integer, 0 or more, got 0.5'),
+}
+
+
+@pytest.mark.parametrize(('changes', 'message'), BAD.values(), ids=BAD.keys())
+def test_a_bad_argument_is_named_with_what_it_was_and_what_it_should_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+        replace(GOOD, **changes)(deform_roi_pool)
+
+
+@pytest.mark.parametrize('changes', [{'rois': GOOD.rois[:, :4]}, {'offset': GOOD.offset[:4]}, {'output_size': (0, 3)}])
+def test_the_operator_itself_reads_outside_no_tensor(changes: dict[str, Any]) -> None:
+    call = replace(GOOD, **changes)
+    with pytest.raises(RuntimeError, match=' must '):
+        torch.ops.mmdcn.deform_roi_pool(
+            call.input, call.rois, call.offset, call.output_size, call.spatial_scale, call.sampling_ratio, call.gamma
+        )
