@@ -16,6 +16,7 @@ _LAZY = {
     'DCNOptimWrapperConstructor': 'mmdcn.engine',
     'DetInferencer': 'mmdcn.apis',
     'ResNet': 'mmdcn.models',
+    'SingleRoIExtractor': 'mmdcn.models',
     'convert_model': 'mmdcn.patching',
     'fuse_conv_bn': 'mmdcn.models',
     'layouts': 'mmdcn.checkpoints',

@@ -67,11 +67,17 @@ def _first(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps.flatten(1)[:, :count].unflatten(1, (maps.shape[1], *size))
 
 
+_ROI_LAYERS: dict[type, type[nn.Module]] = {
+    mmcv.ops.DeformRoIPool: modules.DeformRoIPool,
+    mmcv.ops.DeformRoIPoolPack: modules.DeformRoIPoolPack,
+    mmcv.ops.ModulatedDeformRoIPoolPack: modules.ModulatedDeformRoIPoolPack,
+}
 _LAYERS: dict[type, type[nn.Module]] = {
     mmcv.ops.DeformConv2d: modules.DeformConv2d,
     mmcv.ops.DeformConv2dPack: modules.DeformConv2dPack,
     mmcv.ops.ModulatedDeformConv2d: _ModulatedDeformConv2d,
     mmcv.ops.ModulatedDeformConv2dPack: modules.ModulatedDeformConv2dPack,
+    **_ROI_LAYERS,
 }
 _REPLACEMENTS: dict[Any, Any] = {**_LAYERS, mmcv.ops.deform_conv2d: _deform_conv2d}
 
@@ -92,8 +98,9 @@ def patch_mmdet() -> None:
     """Do as `mmdcn.overrides` does, put mmdcn's layers in mmdet's modules in the place of mmcv's, and log it.
 
     This reaches the heads and necks that import `mmcv.ops`: RepPoints, VFNet, TOOD, FoveaBox, guided anchoring,
-    cascade RPN, CentripetalNet, DyHead and GLIP, and DetectoRS through mmcv's SAC. It is for what is built
-    afterwards, and for the calls of TOOD and SAC at once; see `convert_model` for the layers of a built model.
+    cascade RPN, CentripetalNet, DyHead and GLIP, and DetectoRS through mmcv's SAC; and the RoI layers, which mmdet's
+    extractors look up in `mmcv.ops`. It is for what is built afterwards, and for the calls of TOOD and SAC at once; see
+    `convert_model` for the layers of a built model.
 
     Raises:
         KeyError: If something else has registered `DCN` or `DCNv2` in `mmdet.registry.MODELS`.
@@ -139,7 +146,7 @@ def _convert(module: nn.Module, layer: type[nn.Module]) -> None:
     # The class makes the whole difference: mmdcn's derives from mmcv's, and reads the same attributes, but for the
     # bias that mmcv's DCNv1 never has.
     module.__class__ = layer
-    if not hasattr(module, 'bias'):
+    if isinstance(module, mmcv.ops.DeformConv2d) and not hasattr(module, 'bias'):
         module.register_parameter('bias', None)
 
 
@@ -164,14 +171,15 @@ def _restore_names() -> list[str]:
 
 
 def _rebind(replacements: dict[Any, Any]) -> list[str]:
-    """Replace objects in the namespaces of mmdet's modules and of mmcv's SAC, and tell where."""
+    """Replace objects in the namespaces of mmdet and of mmcv's SAC, and RoI layers in mmcv.ops; tell where."""
+    roi_layers = {*_ROI_LAYERS, *_ROI_LAYERS.values()}
     places = [
         (module, name, new)
         for module_name, module in sys.modules.items()
-        if module_name.startswith('mmdet.') or module_name == 'mmcv.ops.saconv'
+        if module_name.startswith('mmdet.') or module_name in ('mmcv.ops', 'mmcv.ops.saconv')
         for name, value in vars(module).items()
         for old, new in replacements.items()
-        if value is old
+        if value is old and (module_name != 'mmcv.ops' or old in roi_layers)
     ]
     for module, name, new in places:
         setattr(module, name, new)

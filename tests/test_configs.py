@@ -16,14 +16,15 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.hub import get_config
 
-from mmdcn.modules import DeformConv2dPack, ModulatedDeformConv2dPack
+from mmdcn import modules
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in ROOT.glob('configs/*/*.py') if '_base_' not in path.parts)
 COCO = [path for path in CONFIGS if path.stem.endswith('_coco')]
 OWN = [path for path in CONFIGS if path not in COCO and path.parent.name != 'coco_tiny']
 METAFILES = sorted({path.with_name('metafile.yml') for path in COCO})
-LAYERS = (mmcv.ops.DeformConv2d, mmcv.ops.ModulatedDeformConv2d)  # mmdcn's derive from these
+# mmdcn's derive from these.
+LAYERS = (mmcv.ops.DeformConv2d, mmcv.ops.ModulatedDeformConv2d, mmcv.ops.DeformRoIPool)
 
 
 pytestmark = pytest.mark.usefixtures('mmdet_as_it_was')
@@ -41,14 +42,19 @@ def layers(model: torch.nn.Module) -> dict[str, type]:
 
 @pytest.mark.parametrize('path', OWN, ids=lambda path: path.stem)
 def test_the_deformable_layers_are_those_of_the_name(path: Path) -> None:
-    """As in mdconv-group4-c3-c5: DCNv2 with 4 offset groups in the stages c3, c4 and c5, which are layer2 to layer4."""
+    """As in mdconv-group4-c3-c5: DCNv2 with 4 offset groups in the stages c3, c4 and c5, which are layer2 to layer4.
+
+    Or as in dpool: each level's regions are pooled by a layer that predicts its offsets.
+    """
     model = build(Config.fromfile(path))
     named = re.search(r'-(d|md)conv(?:-group(\d+))?-c(\d)(?:-c5)?_', path.stem)
     if named is None:
-        assert layers(model) == {}
+        pools = {'dpool': modules.DeformRoIPoolPack, 'mdpool': modules.ModulatedDeformRoIPoolPack}
+        assert list(layers(model).values()) == [pools[tag] for tag in path.stem.split('_') if tag in pools] * 4
         return
     kind, groups, first = named.groups(default='1')
-    assert set(layers(model).values()) == {ModulatedDeformConv2dPack if kind == 'md' else DeformConv2dPack}
+    packs = {'d': modules.DeformConv2dPack, 'md': modules.ModulatedDeformConv2dPack}
+    assert set(layers(model).values()) == {packs[kind]}
     assert {model.get_submodule(name).deform_groups for name in layers(model)} == {int(groups)}
     assert {name.split('.')[1] for name in layers(model)} == {f'layer{stage - 1}' for stage in range(int(first), 6)}
 

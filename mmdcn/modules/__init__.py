@@ -8,5 +8,14 @@ from mmdcn.modules.deform_conv2d import (
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
 )
+from mmdcn.modules.deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 
-__all__ = ['DeformConv2d', 'DeformConv2dPack', 'ModulatedDeformConv2d', 'ModulatedDeformConv2dPack']
+__all__ = [
+    'DeformConv2d',
+    'DeformConv2dPack',
+    'DeformRoIPool',
+    'DeformRoIPoolPack',
+    'ModulatedDeformConv2d',
+    'ModulatedDeformConv2dPack',
+    'ModulatedDeformRoIPoolPack',
+]

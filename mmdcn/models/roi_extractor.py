@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmdet's extractor of regions, with layers from the registry."""
+
+import mmcv.ops
+from mmdet.models import roi_heads
+from torch import nn
+
+from mmdcn.registry import MODELS
+
+
+@MODELS.register_module()
+class SingleRoIExtractor(roi_heads.SingleRoIExtractor):
+    """mmdet's SingleRoIExtractor, which finds mmdcn's RoI layers by their names.
+
+    The arguments are mmdet's. mmdet's own asks `mmcv.ops` for the `type` of `roi_layer`, and no registry; this asks
+    mmdcn's registry first: `DeformRoIPoolPack` or `mmdcn.DeformRoIPoolPack` are mmdcn's, `RoIAlign` is mmcv's.
+    """
+
+    def build_roi_layers(self, layer_cfg: dict, featmap_strides: list[int]) -> nn.ModuleList:
+        """Build a layer for each level, whose pixels are so many pixels of the image apart.
+
+        Raises:
+            ValueError: If neither the registry nor mmcv.ops has the type.
+        """
+        layer = layer_cfg['type']
+        if isinstance(layer, str):
+            layer = MODELS.get(layer) or getattr(mmcv.ops, layer, None)
+        if layer is None:
+            raise ValueError(
+                f"the type of roi_layer must be in mmdcn's registry or in mmcv.ops, got {layer_cfg['type']!r}"
+            )
+        return super().build_roi_layers(dict(layer_cfg, type=layer), featmap_strides)
