@@ -36,8 +36,10 @@ bench: $(VENV)/core.stamp
 	@echo "== Measuring every shape and peer: leave the machine alone meanwhile =="
 	$(PIP) install -r requirements/bench.txt
 	$(BIN)/python benchmarks/run.py deform_conv2d --cases all
+	$(BIN)/python benchmarks/run.py deform_roi_pool --cases all
 
-# The operator's tests on a core that checks every address and every undefined operation.
+# The operators' tests on a core that checks every address and every undefined operation. It needs more addresses than
+# the test of too little memory leaves.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/core.stamp
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mmdcn $(SANITIZED) && rm -f $(SANITIZED)/mmdcn/*.so
@@ -49,7 +51,8 @@ sanitize: $(VENV)/core.stamp
 	for set in avx2 avx512; do cp $(SANITIZED)/mmdcn/_C.abi3.so $(SANITIZED)/mmdcn/_C_$$set.abi3.so; done
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(abspath $(SANITIZED))" \
-	$(BIN)/pytest -p no:cacheprovider $(addprefix tests/test_deform_conv2d,.py _errors.py _derivatives.py _fuzz.py)
+	$(BIN)/pytest -p no:cacheprovider -k 'not too_little_memory' \
+	  $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_fuzz.py roi_pool.py)
 
 # One wheel for every Python and torch, made from the sdist. Its libraries find torch's in the process, so that none is
 # copied into it. The check has the packages of .venv, but mmdcn from the wheel.
@@ -67,7 +70,7 @@ wheel: $(VENV)/core.stamp
 	$(WHEEL_CHECK)/bin/pip install --no-deps -r requirements/mim.txt dist/*.whl
 	$(BIN)/python $(SITE) > "$$($(WHEEL_CHECK)/bin/python $(SITE))/venv.pth"
 	cp -r tests pyproject.toml $(WHEEL_CHECK)
-	cd $(WHEEL_CHECK) && bin/python -m pytest $(addprefix tests/test_,deform_conv2d.py deform_conv2d_errors.py extension.py packaging.py)
+	cd $(WHEEL_CHECK) && bin/python -m pytest $(addprefix tests/test_,deform_conv2d.py deform_conv2d_errors.py deform_roi_pool.py extension.py packaging.py)
 	@$(BIN)/python -m zipfile -l dist/*.whl | grep -v '\.mim/'
 	@ls -l dist
 
@@ -79,11 +82,12 @@ gpu-check:
 	rm -rf $(GPU_CHECK) && mkdir -p $(GPU_CHECK)
 	$(PYTHON) -m pip install --no-deps --target $(GPU_CHECK) dist/*.whl
 	cp -r tests pyproject.toml $(GPU_CHECK)
-	cd $(GPU_CHECK) && $(PYTHON) -m pytest -k cuda $(addprefix tests/test_deform_conv2d,.py _errors.py _derivatives.py _compile.py)
+	cd $(GPU_CHECK) && $(PYTHON) -m pytest -k cuda $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_compile.py roi_pool.py)
 	cd $(GPU_CHECK) && for tool in memcheck racecheck synccheck initcheck; do \
 	  echo "== $$tool ==" && compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(PYTHON) -m pytest -k 'cuda and everything' tests/test_deform_conv2d.py; done
-	PYTHONPATH=$(GPU_CHECK) $(PYTHON) benchmarks/run.py deform_conv2d --device cuda --cases all
+	  $(PYTHON) -m pytest -k 'cuda and (everything or several)' tests/test_deform_conv2d.py tests/test_deform_roi_pool.py; done
+	for operator in deform_conv2d deform_roi_pool; do \
+	  PYTHONPATH=$(GPU_CHECK) $(PYTHON) benchmarks/run.py $$operator --device cuda --cases all; done
 
 setup: $(VENV)/core.stamp
 

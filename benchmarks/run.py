@@ -22,7 +22,7 @@ Row = dict[str, Measurement]
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('operator', choices=['deform_conv2d'], help='what to measure')
+    parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool'], help='what to measure')
     parser.add_argument('--cases', nargs='+', default=['stages'], help='groups of shapes, or "all"')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on the CPU')
@@ -87,7 +87,7 @@ def chart(results: dict[str, dict[str, Row]], baseline: str, title: str, path: P
                 heights.append(row[name].median / base if name in row else 0)
             places = [j + i * 0.8 / len(names) for j in range(len(rows))]
             bars = ax.bar(places, heights, 0.8 / len(names), label=name)
-            ax.bar_label(bars, [f'{h:.1f}' if h else '' for h in heights], fontsize=6, rotation=90, padding=2)
+            ax.bar_label(bars, [f'{h:.2g}' if h else '' for h in heights], fontsize=6, rotation=90, padding=2)
         ax.set_xticks([j + 0.4 for j in range(len(rows))], list(rows))
         ax.set_yscale('log')
         ax.axhline(1, color='black', lw=0.8)
