@@ -115,6 +115,14 @@ def compare_stages() -> ExperimentSet:
     return ExperimentSet([plain, *stages], 'detector', 'stages with DCNv2')
 
 
+def compare_roi_pooling() -> ExperimentSet:
+    config = 'mnist_scenes/faster-rcnn_r18-w32_fpn_{}6e_mnist-scenes.py'
+    plain = Experiment('Faster R-CNN', 'RoIAlign', config.format(''))
+    pools = {'deformable': 'dpool_', 'deformable, modulated': 'mdpool_'}
+    experiments = [Experiment('Faster R-CNN', name, config.format(tag), plain) for name, tag in pools.items()]
+    return ExperimentSet([plain, *experiments], 'detector', 'RoI pooling')
+
+
 def compare_offset_rates(folder: str, schedules: dict[str, str]) -> ExperimentSet:
     experiments = []
     for detector, stem in {'Faster R-CNN': 'faster-rcnn', 'RetinaNet': 'retinanet'}.items():
@@ -141,6 +149,7 @@ SETS = {
     'mnist_scenes_offset_rates': compare_offset_rates('mnist_scenes', {'0.1': '6e-tenth-offset-lr', '1': '6e'}),
     'neon_trees_offset_rates': compare_offset_rates('neon_trees', {'0.1': '6e', '1': '6e-full-offset-lr'}),
     'stages': compare_stages(),
+    'roi_pooling': compare_roi_pooling(),
     'deformation': compare_deformations(),
 }
 
