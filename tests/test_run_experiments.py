@@ -134,6 +134,15 @@ def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
         run_experiments.Run(experiment, 0, tmp_path, {'train_cfg.max_epochs': 7}).claim()
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=['', 'in the background of a script'])
+def _disposition(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a process inherits from its shell for SIGINT."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('_disposition')
 def test_a_stopped_command_leaves_no_process(folder: Path) -> None:
     with started(folder) as process:
         wait_for(lambda: list(folder.glob('out/runs/*/*/*/output.txt')), process)

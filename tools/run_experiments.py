@@ -27,7 +27,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 
@@ -273,6 +273,8 @@ def prepare(experiment: Experiment) -> None:
 
 async def execute_all(runs: list[Run], jobs: int, lock: int) -> None:
     """Execute the unfinished runs, so many at a time; if some fail, the others are still executed."""
+    # An exception could come in the middle of starting a process, which would then go on by itself.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cast(asyncio.Task, asyncio.current_task()).cancel)
     slots, threads = asyncio.Semaphore(jobs), max(1, len(os.sched_getaffinity(0)) // jobs)
 
     async def execute(run: Run) -> None:
@@ -292,6 +294,7 @@ async def execute_all(runs: list[Run], jobs: int, lock: int) -> None:
 
 def train(runs: list[Run], jobs: int, lock: int) -> None:
     """Make what the runs need, and execute those that are not finished."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it takes down what is started
     for run in runs:
         run.claim()
         if not run.result.exists():
@@ -410,8 +413,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    # Both take the runs down with them: asyncio cancels what it does, but never in the middle of starting a process.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with nullcontext() if args.report else locked(args.out) as lock:
             for name in SETS if 'all' in args.sets else args.sets:
@@ -421,7 +422,7 @@ def main() -> None:
                 if lock is not None:
                     train(runs, args.jobs, lock)
                 print(f'\n{name}\n\n{report(name, chosen, runs, args.out)}', flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         raise LaunchError('stopped; the same command goes on') from None
 
 
