@@ -73,10 +73,15 @@ def single_if_low(input: Tensor) -> list[torch.dtype]:
     return [torch.float32] if input.dtype in (torch.float16, torch.bfloat16) else []
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot look inside
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast(values: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
     """Bring values, the input first, to autocast's type, and what makes places or masks to float32."""
     device = values[0].device.type if isinstance(values[0], Tensor) else ''
-    if not (device and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (device and _knows_autocast(device) and torch.is_autocast_enabled(device)):
         return list(values), list(places)
 
     def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
