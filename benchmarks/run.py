@@ -23,7 +23,7 @@ Row = dict[str, Measurement]
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool'], help='what to measure')
-    parser.add_argument('--cases', nargs='+', default=['stages'], help='groups of shapes, or "all"')
+    parser.add_argument('--cases', nargs='+', default=[], help='groups of shapes, or "all"; none: the first group')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on the CPU')
     parser.add_argument('--repeats', type=int, default=7, help='how often each candidate is timed')
@@ -105,7 +105,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     operator = importlib.import_module(args.operator)
     cases = operator.CASES[args.device]
-    groups = list(cases) if args.cases == ['all'] else args.cases
+    groups = list(cases) if args.cases == ['all'] else args.cases or list(cases)[:1]
     facts = machine(args.device, operator.PACKAGES)
     print(tabulate(facts.items(), tablefmt='github'), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

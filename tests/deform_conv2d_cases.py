@@ -228,6 +228,19 @@ def assert_close(
         )
 
 
+def assert_the_same_bits_with_any_number_of_threads(compute: Callable[[], dict[str, Tensor]]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = compute()
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            for name, result in compute().items():
+                assert torch.equal(result, expected[name]), f'{name} with {count} threads'
+    finally:
+        torch.set_num_threads(threads)
+
+
 def each_subset(names: list[str]) -> Iterator[list[str]]:
     for bits in range(2 ** len(names)):
         yield [name for i, name in enumerate(names) if bits >> i & 1]

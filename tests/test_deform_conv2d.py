@@ -20,6 +20,7 @@ from deform_conv2d_cases import (
     Case,
     Recorder,
     assert_close,
+    assert_the_same_bits_with_any_number_of_threads,
     draw_grad_output,
     each_subset,
     expanded,
@@ -545,16 +546,7 @@ def test_on_the_cpu_neither_runs_nor_the_number_of_threads_change_a_bit(
     call = case.draw(dtype)
     call = replace(call, input=LAYOUTS[layout](call.input))
     grad_output = draw_grad_output(call)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = gradients(deform_conv2d, call, grad_output)
-        for count in (1, 2, 3, 4):
-            torch.set_num_threads(count)
-            for name, result in gradients(deform_conv2d, call, grad_output).items():
-                assert torch.equal(result, expected[name]), f'{name} with {count} threads'
-    finally:
-        torch.set_num_threads(threads)
+    assert_the_same_bits_with_any_number_of_threads(lambda: gradients(deform_conv2d, call, grad_output))
 
 
 INFERENCE_CASES = DETERMINISM_CASES | {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from deform_conv2d_cases import LAYOUTS, Recorder, expanded
+from deform_conv2d_cases import LAYOUTS, Recorder, assert_the_same_bits_with_any_number_of_threads, expanded
 from deform_roi_pool_cases import (
     CASES,
     Call,
@@ -268,16 +268,7 @@ def test_on_the_cpu_neither_runs_nor_the_number_of_threads_change_a_bit(name: st
     call = CASES[name].draw(torch.float32)
     call = replace(call, input=LAYOUTS[layout](call.input))
     grad_output = draw_grad_output(call)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = gradients(deform_roi_pool, call, grad_output)
-        for count in (1, 2, 3, 4):
-            torch.set_num_threads(count)
-            for key, result in gradients(deform_roi_pool, call, grad_output).items():
-                assert torch.equal(result, expected[key]), f'{key} with {count} threads'
-    finally:
-        torch.set_num_threads(threads)
+    assert_the_same_bits_with_any_number_of_threads(lambda: gradients(deform_roi_pool, call, grad_output))
 
 
 def test_deterministic_algorithms_give_the_same_bits_in_each_run(device: str) -> None:

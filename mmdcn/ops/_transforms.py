@@ -10,6 +10,7 @@ function gives wrong numbers (in torch 2.13, for any autograd function).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,34 @@ def run(
 def _has_tangent(arguments: Sequence[Any]) -> bool:
     tensors = (argument for argument in arguments if isinstance(argument, Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def register(
+    name: str,
+    call: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    vmap: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    """Give an operator its derivative and its rule for vmap, and give it as torch.func wants it, for `run`.
+
+    Args:
+        name: The operator's, in `torch.ops.mmdcn`.
+        call: What runs it by `run`, for the vmap of torch.func.
+        setup_context: As of an autograd function.
+        backward: Likewise.
+        vmap: Likewise, but for a first argument: what to call once.
+    """
+    operator = getattr(torch.ops.mmdcn, name)
+    torch.library.register_autograd(f'mmdcn::{name}', backward, setup_context=setup_context)
+    torch.library.register_vmap(f'mmdcn::{name}', partial(vmap, operator))
+    methods: dict[str, Callable[..., Any]] = {
+        'forward': lambda *arguments: operator(*arguments),
+        'setup_context': setup_context,
+        'backward': backward,
+        'vmap': partial(vmap, call),
+    }
+    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
 
 
 def pull_back(

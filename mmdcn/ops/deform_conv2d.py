@@ -2,7 +2,6 @@
 """Deformable convolution: the function, and what torch must know about its operator."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from mmdcn.ops._arguments import (
     single_if_low,
 )
 from mmdcn.ops._fake import empty_gradient, memory_format
-from mmdcn.ops._transforms import into_batch, into_channels, pull_back, run, unfold
+from mmdcn.ops._transforms import into_batch, into_channels, pull_back, register, run, unfold
 
 _OP = 'mmdcn::deform_conv2d'
 _BACKWARD_OP = 'mmdcn::deform_conv2d_backward'
@@ -335,31 +334,7 @@ def _vmap_backward(
     return gradients, dims
 
 
-class _DeformConv2d(torch.autograd.Function):
-    """The operator as torch.func wants it; see Note [Three ways to run] in _transforms.py."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return torch.ops.mmdcn.deform_conv2d(*arguments)
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-    vmap = staticmethod(partial(_vmap, _convolve))
-
-
-class _DeformConv2dBackward(torch.autograd.Function):
-    """The operator's backward as torch.func wants it."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return torch.ops.mmdcn.deform_conv2d_backward(*arguments)
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_double_backward)
-    vmap = staticmethod(partial(_vmap_backward, _convolve_backward))
-
-
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD_OP, _double_backward, setup_context=_setup_context)
-torch.library.register_vmap(_OP, partial(_vmap, torch.ops.mmdcn.deform_conv2d))
-torch.library.register_vmap(_BACKWARD_OP, partial(_vmap_backward, torch.ops.mmdcn.deform_conv2d_backward))
+_DeformConv2d = register('deform_conv2d', _convolve, _setup_context, _backward, _vmap)
+_DeformConv2dBackward = register(
+    'deform_conv2d_backward', _convolve_backward, _setup_context, _double_backward, _vmap_backward
+)

@@ -2,7 +2,6 @@
 """Deformable RoI pooling: the function, and what torch must know about its operator."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from mmdcn.ops._arguments import (
     single_if_low,
 )
 from mmdcn.ops._fake import empty_gradient, memory_format
-from mmdcn.ops._transforms import into_batch, pull_back, run, unfold
+from mmdcn.ops._transforms import into_batch, pull_back, register, run, unfold
 
 _OP = 'mmdcn::deform_roi_pool'
 _BACKWARD_OP = 'mmdcn::deform_roi_pool_backward'
@@ -205,31 +204,7 @@ def _vmap_backward(
     return tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True)), dims
 
 
-class _DeformRoIPool(torch.autograd.Function):
-    """The operator as torch.func wants it; see Note [Three ways to run] in _transforms.py."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return torch.ops.mmdcn.deform_roi_pool(*arguments)
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-    vmap = staticmethod(partial(_vmap, _pool))
-
-
-class _DeformRoIPoolBackward(torch.autograd.Function):
-    """The operator's backward as torch.func wants it."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return torch.ops.mmdcn.deform_roi_pool_backward(*arguments)
-
-    setup_context = staticmethod(_setup_backward_context)
-    backward = staticmethod(_double_backward)
-    vmap = staticmethod(partial(_vmap_backward, _pool_backward))
-
-
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD_OP, _double_backward, setup_context=_setup_backward_context)
-torch.library.register_vmap(_OP, partial(_vmap, torch.ops.mmdcn.deform_roi_pool))
-torch.library.register_vmap(_BACKWARD_OP, partial(_vmap_backward, torch.ops.mmdcn.deform_roi_pool_backward))
+_DeformRoIPool = register('deform_roi_pool', _pool, _setup_context, _backward, _vmap)
+_DeformRoIPoolBackward = register(
+    'deform_roi_pool_backward', _pool_backward, _setup_backward_context, _double_backward, _vmap_backward
+)
