@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// The form of Note [Fused forward] for compute capability 8.0 and later, and the choice between the forms. A block
+// gathers a step's left operand [kRows, 64] into shared memory, swizzled as ldmatrix likes it, while it multiplies the
+// step before; weights come by asynchronous copies into a ring of kStages.
+#include "deform_conv2d_fused.cuh"
+
+#include "deform_conv2d_fused_forms.h"
+#include "device.cuh"
+
+namespace mmdcn {
+namespace {
+
+template <typename T, int kBlockRows, int kBlockColumns, int kWarpRows, int kWarpColumns, int kBlockStages, int kBlocks>
+struct Mma {
+  using scalar_t = T;
+  static constexpr int kRows = kBlockRows, kColumns = kBlockColumns, kStages = kBlockStages, kResident = kBlocks;
+  static constexpr int kThreads = (kRows / kWarpRows) * (kColumns / kWarpColumns) * 32;
+  static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
+  static constexpr int kVectors = kRows * 8 / kThreads, kVectorRows = kThreads / 8;  // of a thread in a step; between them
+  static constexpr int kOperandBytes = kRows * kRowBytes, kStageBytes = kColumns * kRowBytes;
+  static constexpr int kTapBytes = kRows * kEntryBytes, kWeights = kTapBytes / 2, kPitch = kColumns * 2 + 16;
+
+  // Two left operands, the ring of weights and the table; in their place, later, the result and its rows.
+  __host__ __device__ static constexpr int shared_bytes(int taps) {
+    const int gather = 2 * kOperandBytes + kStages * kStageBytes + taps * kTapBytes;
+    const int result = kRows * kPitch + kRows * 4;
+    return gather > result ? gather : result;
+  }
+
+  struct Slot {
+    FusedCorners corners;
+    float4 weights;
+
+    __device__ __forceinline__ void load(const void* input, uint32_t entry, uint32_t channel) {
+      corners.load(load_shared(entry), input, channel);
+      weights = load_shared_float4(entry + kWeights);
+    }
+  };
+
+  // Where the samples of a step are: the thread's first entry in the table, and its channels, in vectors.
+  struct Place {
+    uint32_t entry, channel;
+  };
+
+  // Multiplies a step, and gathers the next one's operand from what `slots` hold and from `next`, loading the first
+  // vectors of the step after that from `after`.
+  template <bool kGather>
+  __device__ __forceinline__ static void step(const void* input, float (&sum)[kRowTiles][kColumnTiles][4],
+                                              Slot (&slots)[2], uint32_t operand, uint32_t target, uint32_t weights, const Place& next,
+                                              const Place& after, uint32_t own_row, uint32_t own_column) {
+    constexpr int kProducts = kRowTiles * kColumnTiles, kWords = kVectors, kProductsOfWord = kProducts / kWords;
+    static_assert(kVectors % 2 == 0 && kProducts % kWords == 0);
+    uint32_t vector[4];
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        load_matrices(a[i], operand + (own_row ^ (quarter << 5)) + i * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnTiles / 2; ++j) {
+        load_matrices(b[j], weights + (own_column ^ (quarter << 5)) + j * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int number = quarter * kWords + i, own = number / 4, word = number % 4;
+        if (kGather) {
+          Slot& slot = slots[own % 2];
+          vector[word] = slot.corners.template blend<scalar_t>(slot.weights, word);
+          if (word == 3) {
+            store_shared(target + own * kVectorRows * kRowBytes, make_uint4(vector[0], vector[1], vector[2], vector[3]));
+            const bool same_step = own + 2 < kVectors;
+            const Place& place = same_step ? next : after;
+            slot.load(input, place.entry + (same_step ? own + 2 : own + 2 - kVectors) * kVectorRows * 16, place.channel);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kProductsOfWord; ++j) {
+          const int product = i * kProductsOfWord + j, row = product / kColumnTiles, column = product % kColumnTiles;
+          Pair<scalar_t>::multiply(sum[row][column], a[row], b[column / 2][column % 2 * 2], b[column / 2][column % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void run(const FusedForward& call, const FusedSteps& plan) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const uint32_t operands = shared_address(shared), stages = operands + 2 * kOperandBytes;
+    const uint32_t table = stages + kStages * kStageBytes;
+    const int32_t first_row = blockIdx.x / plan.column_tiles * kRows;
+    const int32_t first_column = blockIdx.x % plan.column_tiles * kColumns;
+
+    const int64_t step_bytes = static_cast<int64_t>(call.out_channels) * kRowBytes;
+    const char* const own_weights = static_cast<const char*>(call.weight) + first_column * kRowBytes + thread * 16;
+    const auto copy_weights = [&](int32_t step, int32_t stage) {
+#pragma unroll
+      for (int i = 0; i < kColumns * 8 / kThreads; ++i) {
+        copy_async(stages + stage * kStageBytes + (thread + i * kThreads) * 16, own_weights + step * step_bytes + i * kThreads * 16);
+      }
+    };
+#pragma unroll
+    for (int32_t i = 0; i < kStages - 1; ++i) {
+      if (i < plan.steps) copy_weights(i, i);
+      commit_copies();
+    }
+
+    const int32_t row = thread / 8, warp_row = warp % (kRows / kWarpRows) * kWarpRows;
+    const int32_t warp_column = warp / (kRows / kWarpRows) * kWarpColumns;
+    const uint32_t own_target = row * kRowBytes + (((thread & 7) ^ (row & 7)) << 4);
+    const uint32_t own_row = (warp_row + lane % 16) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
+    const uint32_t own_column = (warp_column + (lane & 7) + (lane >> 4 << 3)) * kRowBytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
+    const uint32_t own_table = table + row * 16;
+    float sum[kRowTiles][kColumnTiles][4] = {};
+    int32_t stage = 0, copy_stage = kStages - 1, done = 0;
+
+    for (int32_t offset_group = 0; offset_group < call.offset_groups; ++offset_group) {
+      __syncthreads();  // the table and the operands have been read
+      for (int32_t i = thread; i < kRows * call.taps; i += kThreads) {
+        const int32_t tap = i / kRows, of_tap = i - tap * kRows;
+        const bool valid = first_row + of_tap < call.positions();
+        const OutputPosition at = output_position(call, valid ? first_row + of_tap : 0);
+        const FusedSample sample = fused_sample(call, at, valid, offset_group, tap);
+        const uint32_t entry = table + tap * kTapBytes + of_tap * 16;
+        store_shared(entry, sample.vectors);
+        store_shared(entry + kWeights, sample.weights);
+      }
+      __syncthreads();
+
+      const int32_t group_end = done + plan.group_steps;
+      Place place{own_table, offset_group * (call.channels / call.offset_groups / 8) + thread % 8u};
+      const auto advance_to = [&](int32_t step) {  // beyond the last step, it stays
+        if (step >= group_end) return;
+        place.entry += kTapBytes;
+        if (place.entry != own_table + plan.table_end) return;
+        place.entry = own_table;
+        place.channel += kChunk / 8;
+      };
+      // The operand of the first step, and the first vectors of the second.
+      Slot slots[2];
+      slots[0].load(call.input, place.entry, place.channel);
+      slots[1].load(call.input, place.entry + kVectorRows * 16, place.channel);
+      const Place first = place;
+      advance_to(done + 1);
+      Place next = place;
+#pragma unroll
+      for (int own = 0; own < kVectors; ++own) {
+        Slot& slot = slots[own % 2];
+        uint32_t vector[4];
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          vector[word] = slot.corners.template blend<scalar_t>(slot.weights, word);
+        }
+        store_shared(operands + own_target + own * kVectorRows * kRowBytes, make_uint4(vector[0], vector[1], vector[2], vector[3]));
+        const bool same_step = own + 2 < kVectors;
+        const Place& from = same_step ? first : next;
+        slot.load(call.input, from.entry + (same_step ? own + 2 : own + 2 - kVectors) * kVectorRows * 16, from.channel);
+      }
+      advance_to(done + 2);
+      uint32_t operand = 0;
+      wait_for_copies<kStages - 2>();
+      __syncthreads();
+      for (; done < group_end; ++done) {
+        if (done + kStages - 1 < plan.steps) copy_weights(done + kStages - 1, copy_stage);
+        commit_copies();
+        const uint32_t weights = stages + stage * kStageBytes;
+        if (done + 1 < group_end) {
+          step<true>(call.input, sum, slots, operands + operand, operands + (operand ^ kOperandBytes) + own_target, weights, next,
+                     place, own_row, own_column);
+        } else {
+          step<false>(call.input, sum, slots, operands + operand, 0, weights, next, place, own_row, own_column);
+        }
+        next = place;
+        advance_to(done + 3);
+        operand ^= kOperandBytes;
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+        copy_stage = copy_stage + 1 == kStages ? 0 : copy_stage + 1;
+        wait_for_copies<kStages - 2>();
+        __syncthreads();
+      }
+    }
+
+    // The result through shared memory, so that whole rows are written.
+    int32_t* const rows = reinterpret_cast<int32_t*>(shared + kRows * kPitch);
+    for (int32_t i = thread; i < kRows; i += kThreads) {
+      rows[i] = first_row + i < call.positions() ? output_position(call, first_row + i).row(call) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+        const int32_t column = warp_column + j * 8 + lane % 4 * 2;
+        const uint32_t target = operands + (warp_row + i * 16 + lane / 4) * kPitch + column * 2;
+        store_shared(target, with_bias<scalar_t>(call, first_column + column, sum[i][j][0], sum[i][j][1]));
+        store_shared(target + 8 * kPitch, with_bias<scalar_t>(call, first_column + column, sum[i][j][2], sum[i][j][3]));
+      }
+    }
+    __syncthreads();
+    for (int32_t i = thread; i < kRows * kColumns / 8; i += kThreads) {
+      const int32_t of_block = i / (kColumns / 8), vector = i % (kColumns / 8), target = rows[of_block];
+      if (target < 0) continue;
+      scalar_t* const output = static_cast<scalar_t*>(call.output);
+      *reinterpret_cast<uint4*>(output + static_cast<int64_t>(target) * call.out_channels + first_column + vector * 8) =
+          *reinterpret_cast<const uint4*>(shared + of_block * kPitch + vector * 16);
+    }
+  }
+};
+
+template <typename Form>
+__global__ void __launch_bounds__(Form::kThreads, Form::kResident) fused_mma(const __grid_constant__ FusedForward call,
+                                                                            const __grid_constant__ FusedSteps plan) {
+  Form::run(call, plan);
+}
+
+// Calls body with the form that suits the number of output channels.
+template <typename scalar_t, typename Body>
+auto with_mma_form(const FusedForward& call, const Body& body) {
+  if (call.out_channels % 256 == 0) return body(Mma<scalar_t, 128, 256, 64, 64, 2, 1>{});
+  if (call.out_channels % 128 == 0) return body(Mma<scalar_t, 64, 128, 32, 64, 3, 2>{});
+  return body(Mma<scalar_t, 64, 64, 32, 32, 3, 3>{});
+}
+
+}  // namespace
+
+FusedShape fused_mma_shape(const FusedForward& call) {
+  return with_mma_form<__half>(call, [&](auto form) -> FusedShape {
+    return {form.kRows, form.kColumns, form.shared_bytes(call.taps)};
+  });
+}
+
+template <typename scalar_t>
+void run_mma(const FusedForward& call, int32_t device) {
+  with_mma_form<scalar_t>(call, [&](auto form) {
+    using Form = decltype(form);
+    const int32_t bytes = Form::shared_bytes(call.taps);
+    const FusedSteps plan = FusedSteps::of(call, Form::kRows, Form::kColumns, Form::kTapBytes, 0);
+    allow_shared_bytes(fused_mma<Form>, bytes);
+    fused_mma<Form><<<plan.tiles, Form::kThreads, bytes, current_stream(device)>>>(call, plan);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+void run_fused_mma(const FusedForward& call, bool is_half, int32_t device) {
+  if (is_half) {
+    run_mma<__half>(call, device);
+  } else {
+    run_mma<__nv_bfloat16>(call, device);
+  }
+}
+
+}  // namespace mmdcn

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forms of Note [Fused forward], each of a source of its own: `wgmma` compiles for compute capability 9.0 alone.
+#pragma once
+
+#include "deform_conv2d_fused.h"
+
+namespace mmdcn {
+
+// Of a block: output positions, output channels, and bytes of shared memory.
+struct FusedShape {
+  int32_t rows, columns, shared_bytes;
+};
+
+FusedShape fused_mma_shape(const FusedForward& call);
+FusedShape fused_wgmma_shape(const FusedForward& call);
+
+void run_fused_mma(const FusedForward& call, bool is_half, int32_t device);
+void run_fused_wgmma(const FusedForward& call, bool is_half, int32_t device);
+
+}  // namespace mmdcn
