@@ -52,9 +52,37 @@ struct alignas(16) WarpSamples {
   }
 };
 
+// What a lane has to know of its point in the end. It has no registers to spare meanwhile.
 template <typename T>
-struct WarpSamplesAndDots : WarpSamples<T> {
-  T dots[kWarp][4];  // of the corners with the gradient of the column
+struct KeptPoint : Fractions<T> {
+  T mask;
+  uint32_t image, place;
+  uint8_t slot;
+  bool valid, is_outside;
+  uint8_t corners;  // that are pixels, one bit each
+
+  KeptPoint() = default;
+  C10_DEVICE KeptPoint(const Point<T>& point, uint32_t slot)
+      : Fractions<T>(point),
+        mask(point.mask),
+        image(point.image),
+        place(point.place),
+        slot(slot),
+        valid(point.valid),
+        is_outside(point.valid && !point.inside),
+        corners(0) {
+    bool inside[4];
+    corners_inside(point, inside);
+    for (int k = 0; k < 4; ++k) {
+      corners |= inside[k] << k;
+    }
+  }
+};
+
+// In the end the weights give way to the corners' dot products with the gradient of the column.
+template <typename T>
+struct WarpSamplesAndPoints : WarpSamples<T> {
+  KeptPoint<T> points[kWarp];  // of the lanes
 };
 
 // The sums of four values each over kLanes lanes; those of the lane that has number `lane` among them are one quarter's.
@@ -82,7 +110,7 @@ struct Columns {
   static constexpr int kUnroll = kDots ? 1 : 2;  // samples at a time, so that 8 or 5 loads are under way
 
   struct Shared {
-    std::conditional_t<kDots, WarpSamplesAndDots<T>, WarpSamples<T>> warps[kWarps];
+    std::conditional_t<kDots, WarpSamplesAndPoints<T>, WarpSamples<T>> warps[kWarps];
   };
 
   Tile<scalar_t, kVector> tile;
@@ -103,15 +131,17 @@ struct Columns {
     auto& own = shared.warps[warp];
     const Point<T> point = tile.locate(patch, lane, offset_group, tap);
     const uint32_t inside = threads.ballot(point.inside), slot = bits_set(inside & ((1u << lane) - 1));
-    const uint32_t column = tile.column(point.position, tap);
-    if (point.inside) own.put(slot, tile, point, column);
+    if (point.inside) own.put(slot, tile, point, tile.column(point.position, tap));
+    KeptPoint<T> kept(point, slot);
+    if constexpr (kDots) own.points[lane] = kept;
     threads.sync_warp();
     move(own, bits_set(inside), offset_group * tile.offset_group_vectors, lane, threads);
-    if constexpr (kBlend) fill_outside(point, column, offset_group * tile.offset_group_vectors, lane, threads);
     if constexpr (kDots) {
       threads.sync_warp();
-      if (point.valid) write_sampling(point, own.dots[slot], offset_group, tap);
+      kept = own.points[lane];
+      if (kept.valid) write_sampling(kept, own.weights[kept.slot], offset_group, tap);
     }
+    if constexpr (kBlend) fill_outside(kept, offset_group * tile.offset_group_vectors, tap, lane, threads);
   }
 
  private:
@@ -150,7 +180,7 @@ struct Columns {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
           const T sum = sum_of_quarter<kLanes>(dots[u], sub, threads);
-          if (live[u] && sub % (kLanes / 4) == 0) own.dots[i + u * kGroups][sub / (kLanes / 4)] = sum;
+          if (live[u] && sub % (kLanes / 4) == 0) own.weights[i + u * kGroups][sub / (kLanes / 4)] = sum;
         }
       }
     }
@@ -197,10 +227,12 @@ struct Columns {
   }
 
   // Samples outside their image are zero, or NaN if the point or the mask is.
-  C10_DEVICE void fill_outside(const Point<T>& point, uint32_t own_column, uint32_t first_vector, uint32_t lane,
+  C10_DEVICE void fill_outside(const KeptPoint<T>& point, uint32_t first_vector, uint32_t tap, uint32_t lane,
                                const Threads& threads) const {
-    uint32_t rest = threads.ballot(point.valid && !point.inside);
+    uint32_t rest = threads.ballot(point.is_outside);
+    if (!rest) return;
     const T own_value = static_cast<T>(0) * point.mask + point.fy;
+    const uint32_t own_column = tile.column(point.image * tile.positions.divisor + point.place - tile.first, tap);
     while (rest) {
       const uint32_t from = lowest_bit(rest);
       rest &= rest - 1;
@@ -216,14 +248,11 @@ struct Columns {
     }
   }
 
-  C10_DEVICE void write_sampling(const Point<T>& point, const T (&dots)[4], uint32_t offset_group, uint32_t tap) const {
-    T dot[4] = {0, 0, 0, 0}, weight[4];
-    if (point.inside) {
-      bool inside[4];
-      corners_inside(point, inside);
-      for (int k = 0; k < 4; ++k) {
-        dot[k] = inside[k] ? dots[k] : 0;
-      }
+  C10_DEVICE void write_sampling(const KeptPoint<T>& point, const T (&dots)[4], uint32_t offset_group,
+                                 uint32_t tap) const {
+    T dot[4], weight[4];
+    for (int k = 0; k < 4; ++k) {
+      dot[k] = point.corners >> k & 1 ? dots[k] : 0;
     }
     point.weights(1, weight);
     const uint64_t plane = (uint64_t{point.image} * tile.offset_groups.divisor + offset_group) * tile.taps.divisor + tap;

@@ -13,8 +13,8 @@ namespace mmdcn {
 
 // Adds to the image by atomics. A block takes at most 9 taps of one offset group at a patch, one warp each: it sorts
 // the corners of their samples by pixel, and adds up those of a pixel before it adds them to the image. The rate of the
-// atomics is what bounds the kernel.
-template <typename scalar_t, int kVector, int kLanes>
+// atomics is what bounds the kernel. kLanes lanes share a pixel; they have no more than one vector each if kSingle.
+template <typename scalar_t, int kVector, int kLanes, bool kSingle>
 struct AddToInput {
   using T = compute_t<scalar_t>;
   using V = Vector<scalar_t, kVector>;
@@ -24,9 +24,13 @@ struct AddToInput {
   static constexpr uint32_t kSlotRows = 32, kSlotColumns = 64, kSlots = kSlotRows * kSlotColumns, kNone = ~0u;
   static_assert(kSlots > kCorners);
 
-  // Adjacent corners of the sorted list.
-  struct Range {
-    uint32_t begin, end;
+  // Of a hash table of pixels.
+  struct alignas(8) Slot {
+    uint32_t pixel;
+    uint32_t corners;  // how many; then where in the sorted list: first | number << 16
+
+    C10_DEVICE uint32_t begin() const { return corners & 0xffff; }
+    C10_DEVICE uint32_t end() const { return begin() + (corners >> 16); }
   };
 
   struct alignas(2 * sizeof(T)) Corner {
@@ -35,16 +39,10 @@ struct AddToInput {
   };
 
   struct Shared {
-    uint32_t pixels[kSlots];  // a hash table
-    uint32_t ranges[kSlots];  // how many corners a pixel has; then where they are: first | number << 16
+    Slot slots[kSlots];
     Corner corners[kCorners];
     uint16_t used[kCorners];  // the slots
     uint32_t used_count, corner_count;
-
-    C10_DEVICE Range range(uint32_t slot) const {
-      const uint32_t begin = ranges[slot] & 0xffff;
-      return {begin, begin + (ranges[slot] >> 16)};
-    }
   };
 
   Tile<scalar_t, kVector> tile;
@@ -59,8 +57,7 @@ struct AddToInput {
     const uint32_t patch = at.quotient, offset_group = at.rest;
 
     for (uint32_t i = threads.index(); i < kSlots; i += kThreads) {
-      shared.pixels[i] = kNone;
-      shared.ranges[i] = 0;
+      shared.slots[i] = {kNone, 0};
     }
     if (threads.index() == 0) shared.used_count = shared.corner_count = 0;
     Point<T> point{};
@@ -69,10 +66,11 @@ struct AddToInput {
     uint32_t places[4] = {kNone, kNone, kNone, kNone};
     if (point.inside) count_corners(point, shared, places, threads);
     threads.sync();
-    make_ranges(shared, threads);
+    divide_list(shared, places, threads);
     threads.sync();
     sort_corners(point, tile.column(point.position, tap), shared, places, threads);
-    add_corners(shared, offset_group * tile.offset_group_vectors, threads);
+    threads.sync();
+    add_pixels(shared, offset_group * tile.offset_group_vectors, threads);
   }
 
  private:
@@ -87,35 +85,22 @@ struct AddToInput {
       const uint32_t y = point.top + k / 2, x = point.left + k % 2, pixel = tile.pixel(point, y, x);
       uint32_t slot = y % kSlotRows * kSlotColumns + x % kSlotColumns;
       while (true) {
-        const uint32_t found = threads.compare_and_exchange(&shared.pixels[slot], kNone, pixel);
+        const uint32_t found = threads.compare_and_exchange(&shared.slots[slot].pixel, kNone, pixel);
         if (found == kNone || found == pixel) break;
         slot = (slot + 1) % kSlots;
       }
-      places[k] = slot | threads.increment(&shared.ranges[slot]) << 16;
+      places[k] = slot | threads.increment(&shared.slots[slot].corners) << 16;
     }
   }
 
-  C10_DEVICE void make_ranges(Shared& shared, const Threads& threads) const {
-    const uint32_t lane = threads.lane;
-    for (uint32_t first = threads.group * kWarp; first < kSlots; first += kThreads) {
-      const uint32_t slot = first + lane, count = shared.ranges[slot], used = threads.ballot(count > 0);
-      if (!used) continue;
-      uint32_t until = count;
-      for (uint32_t distance = 1; distance < kWarp; distance *= 2) {
-        const uint32_t before = threads.shuffle_up(until, distance);
-        if (lane >= distance) until += before;
-      }
-      uint32_t corners = 0, slots = 0;
-      if (lane == kWarp - 1) {
-        corners = threads.increment(&shared.corner_count, until);
-        slots = threads.increment(&shared.used_count, bits_set(used));
-      }
-      corners = threads.shuffle(corners, kWarp - 1);
-      slots = threads.shuffle(slots, kWarp - 1);
-      if (count) {
-        shared.ranges[slot] = corners + until - count | count << 16;
-        shared.used[slots + bits_set(used & ((1u << lane) - 1))] = slot;
-      }
+  // The first corner of a pixel reserves the part of the list for all.
+  C10_DEVICE void divide_list(Shared& shared, const uint32_t (&places)[4], const Threads& threads) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (places[k] >> 16 != 0) continue;
+      uint32_t& corners = shared.slots[places[k]].corners;
+      corners = threads.increment(&shared.corner_count, corners) | corners << 16;
+      shared.used[threads.increment(&shared.used_count)] = places[k];
     }
   }
 
@@ -125,16 +110,17 @@ struct AddToInput {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (places[k] == kNone) continue;
-      shared.corners[shared.range(places[k] & 0xffff).begin + (places[k] >> 16)].column = column;
+      shared.corners[shared.slots[places[k] & 0xffff].begin() + (places[k] >> 16)].column = column;
     }
     threads.sync();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (places[k] == kNone) continue;
-      const Range range = shared.range(places[k] & 0xffff);
-      places[k] = range.begin;
-      for (uint32_t i = range.begin; i < range.end; ++i) {
-        places[k] += shared.corners[i].column < column;
+      const Slot slot = shared.slots[places[k] & 0xffff];
+      places[k] = slot.begin();
+#pragma unroll 1
+      for (const Corner* other = shared.corners + slot.begin(); other != shared.corners + slot.end(); ++other) {
+        places[k] += other->column < column;
       }
     }
     threads.sync();
@@ -142,29 +128,39 @@ struct AddToInput {
     for (int k = 0; k < 4; ++k) {
       if (places[k] != kNone) shared.corners[places[k]] = {column, point.weight(k) * point.mask};
     }
-    threads.sync();
   }
 
-  C10_DEVICE void add_corners(const Shared& shared, uint32_t first_vector, const Threads& threads) const {
-    const uint32_t sub = threads.index() % kLanes, used = shared.used_count;
+  C10_DEVICE void add_pixels(const Shared& shared, uint32_t first_vector, const Threads& threads) const {
+    const uint32_t sub = threads.lane % kLanes, used = shared.used_count;
+    if (sub >= tile.offset_group_vectors) return;
+    const V* const first_columns = opaque(tile.columns + tile.first_column(first_vector + sub));
+    T* const first_target = opaque(grad_input + (first_vector + sub) * kVector);
     for (uint32_t i = threads.index() / kLanes; i < used; i += kThreads / kLanes) {
-      const uint32_t slot = shared.used[i], pixel = shared.pixels[slot];
-      const Range range = shared.range(slot);
-      for (uint32_t c = sub; c < tile.offset_group_vectors; c += kLanes) {
-        const V* const columns = opaque(tile.columns + tile.first_column(first_vector + c));
-        T sum[kVector] = {};
-#pragma unroll 4
-        for (uint32_t j = range.begin; j < range.end; ++j) {
-          const Corner corner = shared.corners[j];
-          T grad[kVector];
-          load(element(columns, corner.column)).unpack(grad);
-          for (int v = 0; v < kVector; ++v) {
-            sum[v] += corner.weight * grad[v];
-          }
+      const Slot slot = shared.slots[shared.used[i]];
+      const uint64_t row = uint64_t{slot.pixel} * tile.in_channels;
+      add_corners(shared.corners, slot, first_columns, first_target + row, threads);
+      if constexpr (!kSingle) {
+        for (uint32_t c = sub + kLanes; c < tile.offset_group_vectors; c += kLanes) {
+          add_corners(shared.corners, slot, opaque(tile.columns + tile.first_column(first_vector + c)),
+                      grad_input + (first_vector + c) * kVector + row, threads);
         }
-        threads.add(grad_input + uint64_t{pixel} * tile.in_channels + (first_vector + c) * kVector, sum);
       }
     }
+  }
+
+  C10_DEVICE void add_corners(const Corner* corners, const Slot& slot, const V* columns, T* target,
+                              const Threads& threads) const {
+    T sum[kVector] = {};
+#pragma unroll 4
+    for (uint32_t i = slot.begin(); i < slot.end(); ++i) {
+      const Corner corner = corners[i];
+      T grad[kVector];
+      load(element(columns, corner.column)).unpack(grad);
+      for (int v = 0; v < kVector; ++v) {
+        sum[v] += corner.weight * grad[v];
+      }
+    }
+    threads.add(target, sum);
   }
 };
 

@@ -120,21 +120,26 @@ void with_vector_and_lanes(const Sampling<scalar_t>& s, const Body& body) {
   body(vector, Constant<8>());
 }
 
+// Calls body(vector, lanes, single): whether those lanes have no more than one vector each, too.
+template <typename scalar_t, typename Body>
+void with_single(const Sampling<scalar_t>& s, const Body& body) {
+  with_vector_and_lanes(s, [&](auto vector, auto lanes) {
+    if constexpr (lanes < 32) {
+      body(vector, lanes, std::true_type());
+    } else if (vector > 1 && s.geometry.offset_group_channels() <= vector * lanes) {
+      if constexpr (vector > 1) body(vector, lanes, std::true_type());
+    } else {
+      body(vector, lanes, std::false_type());
+    }
+  });
+}
+
 template <bool kDots, bool kBlend, typename scalar_t>
 void launch_columns(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_offset, compute_t<scalar_t>* grad_mask) {
   if (s.count == 0) return;
-  with_vector_and_lanes(s, [&](auto vector, auto lanes) {
+  with_single(s, [&](auto vector, auto lanes, auto single) {
     const auto tile = make_tile<scalar_t, vector>(s, s.geometry.samples_per_position(), 32 * multiprocessors(s.device));
-    const auto launch = [&](auto single) {
-      launch_warps(Columns<scalar_t, vector, lanes, single, kDots, kBlend>{tile, grad_offset, grad_mask}, s.device);
-    };
-    if constexpr (lanes < 32) {
-      launch(std::true_type());
-    } else if (vector > 1 && tile.offset_group_vectors <= lanes) {
-      if constexpr (vector > 1) launch(std::true_type());
-    } else {
-      launch(std::false_type());
-    }
+    launch_warps(Columns<scalar_t, vector, lanes, single, kDots, kBlend>{tile, grad_offset, grad_mask}, s.device);
   });
 }
 
@@ -164,10 +169,10 @@ void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad
 template <typename scalar_t>
 void launch_input_gradient(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input) {
   if (s.count == 0) return;
-  launching::with_vector_and_lanes(s, [&](auto vector, auto lanes) {
+  launching::with_single(s, [&](auto vector, auto lanes, auto single) {
     const auto tile =
         launching::make_tile<scalar_t, vector>(s, s.geometry.offset_groups, 2 * multiprocessors(s.device));
-    launch_warps(AddToInput<scalar_t, vector, lanes>{tile, grad_input}, s.device);
+    launch_warps(AddToInput<scalar_t, vector, lanes, single>{tile, grad_input}, s.device);
   });
 }
 
