@@ -25,11 +25,10 @@ namespace mmdcn {
 
 constexpr int64_t kOutside = -1;
 
-// The four corners around a point, in the order of the note.
+// Where in its cell a point lies.
 template <typename T>
-struct BilinearCell {
-  int64_t pixel[4];  // y * width + x of the corner, or kOutside
-  T fy, fx;          // in [0, 1), or NaN
+struct Fractions {
+  T fy, fx;  // in [0, 1), or NaN
 
   C10_HOST_DEVICE T weight(int corner) const { return (corner / 2 ? fy : 1 - fy) * (corner % 2 ? fx : 1 - fx); }
   C10_HOST_DEVICE void weights(T scale, T (&weights)[4]) const {
@@ -48,21 +47,40 @@ struct BilinearCell {
   }
 };
 
-template <typename T>
-C10_HOST_DEVICE BilinearCell<T> locate(int64_t height, int64_t width, T y, T x) {
+// The cell of a point, and which of its rows and columns are those of an image.
+template <typename T, typename Index>
+struct Cell : Fractions<T> {
+  bool inside;  // else there are the fractions alone
+  Index top, left;
+  bool has_top, has_bottom, has_left, has_right;
+};
+
+template <typename T, typename Index>
+C10_HOST_DEVICE Cell<T, Index> cell_of(Index height, Index width, T y, T x) {
   const bool inside = y > -1 && y < static_cast<T>(height) && x > -1 && x < static_cast<T>(width);
   if (!inside) {  // so that no huge or NaN coordinate is ever converted to an integer
     const T fraction = (std::isnan(y) || std::isnan(x)) ? static_cast<T>(NAN) : static_cast<T>(0);
-    return {{kOutside, kOutside, kOutside, kOutside}, fraction, fraction};
+    return {{fraction, fraction}, false, 0, 0, false, false, false, false};
   }
   const T floor_y = std::floor(y), floor_x = std::floor(x);
-  const int64_t top = static_cast<int64_t>(floor_y), left = static_cast<int64_t>(floor_x);
-  const bool has_top = top >= 0, has_bottom = top + 1 < height, has_left = left >= 0, has_right = left + 1 < width;
-  const int64_t first = top * width + left;
-  return {{has_top && has_left ? first : kOutside, has_top && has_right ? first + 1 : kOutside,
-           has_bottom && has_left ? first + width : kOutside, has_bottom && has_right ? first + width + 1 : kOutside},
-          y - floor_y,
-          x - floor_x};
+  const Index top = static_cast<Index>(floor_y), left = static_cast<Index>(floor_x);
+  return {{y - floor_y, x - floor_x}, true, top, left, top >= 0, top + 1 < height, left >= 0, left + 1 < width};
+}
+
+// The four corners around a point, in the order of the note.
+template <typename T>
+struct BilinearCell : Fractions<T> {
+  int64_t pixel[4];  // y * width + x of the corner, or kOutside
+};
+
+template <typename T>
+C10_HOST_DEVICE BilinearCell<T> locate(int64_t height, int64_t width, T y, T x) {
+  const Cell<T, int64_t> cell = cell_of(height, width, y, x);
+  const int64_t first = cell.top * width + cell.left;
+  return {cell,
+          {cell.has_top && cell.has_left ? first : kOutside, cell.has_top && cell.has_right ? first + 1 : kOutside,
+           cell.has_bottom && cell.has_left ? first + width : kOutside,
+           cell.has_bottom && cell.has_right ? first + width + 1 : kOutside}};
 }
 
 }  // namespace mmdcn

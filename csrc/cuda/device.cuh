@@ -1,17 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// All that is CUDA's own: the device and its stream, launches, and what threads do together. tests/cuda_host has a
-// twin of this file for the host.
+// All that is CUDA's own: the device and its stream, launches, memory, and what threads do together. tests/cuda_host
+// has a twin of this file for the host.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../core/stable_ops.h"
 
@@ -21,6 +27,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffff;
 
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
@@ -28,17 +35,144 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline int attribute(cudaDeviceAttr name, int32_t device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
 // The size of the device's L2 cache.
-inline int64_t l2_bytes(int32_t device) {
-  int bytes = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
-  return bytes;
+inline int64_t l2_bytes(int32_t device) { return attribute(cudaDevAttrL2CacheSize, device); }
+
+inline int64_t multiprocessors(int32_t device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+// Sets memory to zero, in the order of the stream.
+inline void clear(void* target, int64_t bytes, int32_t device) {
+  STD_CUDA_CHECK(cudaMemsetAsync(target, 0, bytes, current_stream(device)));
 }
 
 // a @ b in a type that may be wider than theirs, which torch has for CUDA only.
 inline Tensor bmm_as(const Tensor& a, const Tensor& b, torch::headeronly::ScalarType type) {
   return call_torch("aten::bmm", "dtype", a, b, type);
 }
+
+// Adjacent 16-bit numbers, the first in the lower half of a word.
+template <typename scalar_t>
+__device__ __forceinline__ void unpack_pair(uint32_t word, float& first, float& second) {
+  if constexpr (std::is_same_v<scalar_t, torch::headeronly::BFloat16>) {
+    first = __uint_as_float(word << 16);
+    second = __uint_as_float(word & 0xffff0000u);
+  } else {
+    __half2 pair;
+    memcpy(&pair, &word, sizeof(word));
+    const float2 both = __half22float2(pair);
+    first = both.x;
+    second = both.y;
+  }
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
+  uint32_t word;
+  if constexpr (std::is_same_v<scalar_t, torch::headeronly::BFloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    memcpy(&word, &pair, sizeof(word));
+  } else {
+    const __half2 pair = __floats2half2_rn(first, second);
+    memcpy(&word, &pair, sizeof(word));
+  }
+  return word;
+}
+
+// What one instruction loads.
+template <int kBytes>
+struct RawWord;
+template <>
+struct RawWord<16> {
+  using type = uint4;
+};
+template <>
+struct RawWord<8> {
+  using type = uint2;
+};
+template <>
+struct RawWord<4> {
+  using type = uint32_t;
+};
+template <>
+struct RawWord<2> {
+  using type = unsigned short;
+};
+
+template <typename V>
+using Raw = typename RawWord<sizeof(V)>::type;
+
+template <typename To, typename From>
+__device__ __forceinline__ To bits_of(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// A number or a vector of at most 16 bytes, by one instruction, so at an address that is a multiple of its size.
+// `load` is for what nobody writes to while the kernel runs; it may come from the multiprocessor's own cache.
+template <typename V>
+__device__ __forceinline__ V load(const V* source) {
+  return bits_of<V>(__ldg(reinterpret_cast<const Raw<V>*>(source)));
+}
+
+template <typename V>
+__device__ __forceinline__ void store(V* target, const V& value) {
+  *reinterpret_cast<Raw<V>*>(target) = bits_of<Raw<V>>(value);
+}
+
+// Past the multiprocessor's own cache, which is left to what is used again.
+template <typename V>
+__device__ __forceinline__ V load_once(const V* source) {
+  return bits_of<V>(__ldcg(reinterpret_cast<const Raw<V>*>(source)));
+}
+
+template <typename V>
+__device__ __forceinline__ void store_once(V* target, const V& value) {
+  __stcg(reinterpret_cast<Raw<V>*>(target), bits_of<Raw<V>>(value));
+}
+
+// Without a branch, which would keep the compiler from moving loads past it.
+template <typename V>
+__device__ __forceinline__ void store_once_if(bool condition, V* target, const V& value) {
+  if constexpr (sizeof(V) == 16) {
+    const uint4 word = bits_of<uint4>(value);
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.cg.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(
+                     uint32_t{condition}),
+                 "l"(target), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+  } else {
+    if (condition) store_once(target, value);
+  }
+}
+
+// base + number, by one instruction.
+template <typename V>
+__device__ __forceinline__ V* element(V* base, uint32_t number) {
+  uint64_t address;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(number), "n"(sizeof(V)), "l"(base));
+  return reinterpret_cast<V*>(address);
+}
+
+// Keeps a value in its register, lest the compiler compute it again at each use.
+template <typename V>
+__device__ __forceinline__ V* opaque(V* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm("" : "+r"(value));
+  return value;
+}
+
+__device__ __forceinline__ uint32_t bits_set(uint32_t word) { return __popc(word); }
+__device__ __forceinline__ uint32_t lowest_bit(uint32_t word) { return __ffs(word) - 1; }
 
 // Float4 is float4 where the device can add one atomically: from compute capability 9.0 on.
 template <typename Float4>
@@ -79,13 +213,29 @@ struct Threads {
     return value;
   }
 
+  // These are for groups of a whole warp. All of its lanes must call them.
+  __device__ uint32_t ballot(bool vote) const { return __ballot_sync(kAllLanes, vote); }
+  __device__ void sync_warp() const { __syncwarp(); }
+  template <typename T>
+  __device__ T shuffle(T value, uint32_t from) const {
+    return __shfl_sync(kAllLanes, value, from);
+  }
+  template <typename T>
+  __device__ T shuffle_xor(T value, uint32_t distance) const {
+    return __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  template <typename T>
+  __device__ T shuffle_up(T value, uint32_t distance) const {
+    return __shfl_up_sync(kAllLanes, value, distance);
+  }
+
   template <typename T, int kCount>
   __device__ void add(T* target, const T (&values)[kCount]) const {
     atomic_add(target, values);
   }
 
   // These give the value before.
-  __device__ uint32_t increment(uint32_t* target) const { return atomicAdd(target, 1); }
+  __device__ uint32_t increment(uint32_t* target, uint32_t by = 1) const { return atomicAdd(target, by); }
   __device__ uint32_t exchange(uint32_t* target, uint32_t value) const { return atomicExch(target, value); }
   __device__ uint32_t compare_and_exchange(uint32_t* target, uint32_t expected, uint32_t value) const {
     return atomicCAS(target, expected, value);
@@ -104,6 +254,19 @@ template <typename Body>
 void launch(const Body& body, int32_t device) {
   const uint32_t lanes = std::min(std::bit_ceil(body.shares()), kWarp);
   run_block<<<body.blocks(), dim3(lanes, kThreads / lanes), 0, current_stream(device)>>>(body);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// The same for a body whose blocks are Body::kWarps groups, each of a whole warp.
+template <typename Body>
+__global__ void __launch_bounds__(kWarp* Body::kWarps, Body::kResident) run_warps(const __grid_constant__ Body body) {
+  __shared__ typename Body::Shared shared;
+  body.run(blockIdx.x, shared, Threads{threadIdx.x, kWarp, threadIdx.y, Body::kWarps});
+}
+
+template <typename Body>
+void launch_warps(const Body& body, int32_t device) {
+  run_warps<<<body.blocks(), dim3(kWarp, Body::kWarps), 0, current_stream(device)>>>(body);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

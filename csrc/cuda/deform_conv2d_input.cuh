@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+// From the gradient of a tile's columns to that of the input. See Note [Deformable convolution on CUDA].
+#pragma once
+
+#include <torch/headeronly/macros/Macros.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "deform_conv2d.cuh"
+
+namespace mmdcn {
+
+// Adds to the image by atomics. A block takes at most 9 taps of one offset group at a patch, one warp each: it sorts
+// the corners of their samples by pixel, and adds up those of a pixel before it adds them to the image. The rate of the
+// atomics is what bounds the kernel. kLanes lanes share a pixel; they have no more than one vector each if kSingle.
+template <typename scalar_t, int kVector, int kLanes, bool kSingle>
+struct AddToInput {
+  using T = compute_t<scalar_t>;
+  using V = Vector<scalar_t, kVector>;
+
+  static constexpr uint32_t kWarps = 9, kThreads = kWarps * kWarp, kCorners = 4 * kThreads;
+  static constexpr uint32_t kResident = std::is_same_v<scalar_t, double> ? 2 : 5;
+  static constexpr uint32_t kSlotRows = 32, kSlotColumns = 64, kSlots = kSlotRows * kSlotColumns, kNone = ~0u;
+  static_assert(kSlots > kCorners);
+
+  // Of a hash table of pixels.
+  struct alignas(8) Slot {
+    uint32_t pixel;
+    uint32_t corners;  // how many; then where in the sorted list: first | number << 16
+
+    C10_DEVICE uint32_t begin() const { return corners & 0xffff; }
+    C10_DEVICE uint32_t end() const { return begin() + (corners >> 16); }
+  };
+
+  struct alignas(2 * sizeof(T)) Corner {
+    uint32_t column;
+    T weight;
+  };
+
+  struct Shared {
+    Slot slots[kSlots];
+    Corner corners[kCorners];
+    uint16_t used[kCorners];  // the slots
+    uint32_t used_count, corner_count;
+  };
+
+  Tile<scalar_t, kVector> tile;
+  T* grad_input;  // [B*H*W, C_in]
+
+  C10_HOST_DEVICE uint32_t tap_blocks() const { return (tile.taps.divisor + kWarps - 1) / kWarps; }
+  C10_HOST_DEVICE uint32_t blocks() const { return tile.patches * tile.offset_groups.divisor * tap_blocks(); }
+
+  C10_DEVICE void run(uint32_t block, Shared& shared, const Threads& threads) const {
+    const uint32_t tap = block % tap_blocks() * kWarps + threads.group;
+    const Divided at = divide(block / tap_blocks(), tile.offset_groups);
+    const uint32_t patch = at.quotient, offset_group = at.rest;
+
+    for (uint32_t i = threads.index(); i < kSlots; i += kThreads) {
+      shared.slots[i] = {kNone, 0};
+    }
+    if (threads.index() == 0) shared.used_count = shared.corner_count = 0;
+    Point<T> point{};
+    if (tap < tile.taps.divisor) point = tile.locate(patch, threads.lane, offset_group, tap);
+    threads.sync();
+    uint32_t places[4] = {kNone, kNone, kNone, kNone};
+    if (point.inside) count_corners(point, shared, places, threads);
+    threads.sync();
+    divide_list(shared, places, threads);
+    threads.sync();
+    sort_corners(point, tile.column(point.position, tap), shared, places, threads);
+    threads.sync();
+    add_pixels(shared, offset_group * tile.offset_group_vectors, threads);
+  }
+
+ private:
+  // The places: slot | rank among its corners << 16.
+  C10_DEVICE void count_corners(const Point<T>& point, Shared& shared, uint32_t (&places)[4],
+                                const Threads& threads) const {
+    bool inside[4];
+    corners_inside(point, inside);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (!inside[k]) continue;
+      const uint32_t y = point.top + k / 2, x = point.left + k % 2, pixel = tile.pixel(point, y, x);
+      uint32_t slot = y % kSlotRows * kSlotColumns + x % kSlotColumns;
+      while (true) {
+        const uint32_t found = threads.compare_and_exchange(&shared.slots[slot].pixel, kNone, pixel);
+        if (found == kNone || found == pixel) break;
+        slot = (slot + 1) % kSlots;
+      }
+      places[k] = slot | threads.increment(&shared.slots[slot].corners) << 16;
+    }
+  }
+
+  // The first corner of a pixel reserves the part of the list for all.
+  C10_DEVICE void divide_list(Shared& shared, const uint32_t (&places)[4], const Threads& threads) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (places[k] >> 16 != 0) continue;
+      uint32_t& corners = shared.slots[places[k]].corners;
+      corners = threads.increment(&shared.corner_count, corners) | corners << 16;
+      shared.used[threads.increment(&shared.used_count)] = places[k];
+    }
+  }
+
+  // Those of a pixel in the order of their columns, whatever order they came in.
+  C10_DEVICE void sort_corners(const Point<T>& point, uint32_t column, Shared& shared, uint32_t (&places)[4],
+                               const Threads& threads) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (places[k] == kNone) continue;
+      shared.corners[shared.slots[places[k] & 0xffff].begin() + (places[k] >> 16)].column = column;
+    }
+    threads.sync();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (places[k] == kNone) continue;
+      const Slot slot = shared.slots[places[k] & 0xffff];
+      places[k] = slot.begin();
+#pragma unroll 1
+      for (const Corner* other = shared.corners + slot.begin(); other != shared.corners + slot.end(); ++other) {
+        places[k] += other->column < column;
+      }
+    }
+    threads.sync();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (places[k] != kNone) shared.corners[places[k]] = {column, point.weight(k) * point.mask};
+    }
+  }
+
+  C10_DEVICE void add_pixels(const Shared& shared, uint32_t first_vector, const Threads& threads) const {
+    const uint32_t sub = threads.lane % kLanes, used = shared.used_count;
+    if (sub >= tile.offset_group_vectors) return;
+    const V* const first_columns = opaque(tile.columns + tile.first_column(first_vector + sub));
+    T* const first_target = opaque(grad_input + (first_vector + sub) * kVector);
+    for (uint32_t i = threads.index() / kLanes; i < used; i += kThreads / kLanes) {
+      const Slot slot = shared.slots[shared.used[i]];
+      const uint64_t row = uint64_t{slot.pixel} * tile.in_channels;
+      add_corners(shared.corners, slot, first_columns, first_target + row, threads);
+      if constexpr (!kSingle) {
+        for (uint32_t c = sub + kLanes; c < tile.offset_group_vectors; c += kLanes) {
+          add_corners(shared.corners, slot, opaque(tile.columns + tile.first_column(first_vector + c)),
+                      grad_input + (first_vector + c) * kVector + row, threads);
+        }
+      }
+    }
+  }
+
+  C10_DEVICE void add_corners(const Corner* corners, const Slot& slot, const V* columns, T* target,
+                              const Threads& threads) const {
+    T sum[kVector] = {};
+#pragma unroll 4
+    for (uint32_t i = slot.begin(); i < slot.end(); ++i) {
+      const Corner corner = corners[i];
+      T grad[kVector];
+      load(element(columns, corner.column)).unpack(grad);
+      for (int v = 0; v < kVector; ++v) {
+        sum[v] += corner.weight * grad[v];
+      }
+    }
+    threads.add(target, sum);
+  }
+};
+
+constexpr int32_t kNoPixel = INT32_MAX;  // of a corner outside; it sorts last
+
+// The corners of a tile, in an order that does not change: corner k of the sample of a tap and an offset group at a
+// position has the number 4 * ((position * K + tap) * G + offset_group) + k.
+template <typename T>
+struct Corners {
+  int32_t* pixels;  // pixel of the batch * G + offset group, or kNoPixel
+  T* weights;       // the mask included
+};
+
+template <typename scalar_t, int kVector>
+struct ListCorners {
+  using T = compute_t<scalar_t>;
+
+  static constexpr uint32_t kWarps = 8, kResident = 0;
+
+  struct Shared {};
+
+  Tile<scalar_t, kVector> tile;
+  Corners<T> corners;
+
+  C10_HOST_DEVICE uint32_t blocks() const {
+    return (tile.patches * tile.offset_groups.divisor * tile.taps.divisor + kWarps - 1) / kWarps;
+  }
+
+  C10_DEVICE void run(uint32_t block, Shared&, const Threads& threads) const {
+    const Divided by_tap = divide(block * kWarps + threads.group, tile.taps);
+    const Divided by_group = divide(by_tap.quotient, tile.offset_groups);
+    const uint32_t tap = by_tap.rest, patch = by_group.quotient, offset_group = by_group.rest;
+    if (patch >= tile.patches) return;
+    const Point<T> point = tile.locate(patch, threads.lane, offset_group, tap);
+    if (!point.valid) return;
+    bool inside[4];
+    corners_inside(point, inside);
+    const uint32_t sample = (point.position * tile.taps.divisor + tap) * tile.offset_groups.divisor + offset_group;
+    for (uint32_t k = 0; k < 4; ++k) {
+      const uint32_t pixel = tile.pixel(point, point.top + k / 2, point.left + k % 2);
+      corners.pixels[4 * sample + k] = inside[k] ? pixel * tile.offset_groups.divisor + offset_group : kNoPixel;
+      corners.weights[4 * sample + k] = point.weight(k) * point.mask;
+    }
+  }
+};
+
+// Adds the corners up in the order of their numbers, pixel by pixel. A warp takes the pixels whose corners begin in 32
+// adjacent places of the sorted list; its groups of kLanes lanes take turns with the corners of a pixel.
+template <typename scalar_t, int kVector, int kLanes>
+struct AddSortedCorners {
+  using T = compute_t<scalar_t>;
+  using V = Vector<scalar_t, kVector>;
+
+  static constexpr uint32_t kWarps = 8, kResident = 0, kGroups = kWarp / kLanes;
+
+  struct Shared {};
+
+  Tile<scalar_t, kVector> tile;
+  Corners<T> corners;
+  const int64_t* order;  // of the corners, by pixel, then by number
+  T* grad_input;         // [B*H*W, C_in]
+
+  C10_HOST_DEVICE uint32_t count() const { return 4 * tile.count * tile.taps.divisor * tile.offset_groups.divisor; }
+  C10_HOST_DEVICE uint32_t blocks() const { return (count() + kWarps * kWarp - 1) / (kWarps * kWarp); }
+
+  C10_DEVICE void run(uint32_t block, Shared&, const Threads& threads) const {
+    const uint32_t first = (block * kWarps + threads.group) * kWarp, place = first + threads.lane;
+    const int32_t own_pixel = pixel_at(place), pixel_before = place == 0 ? kNoPixel : pixel_at(place - 1);
+    uint32_t begins = threads.ballot(own_pixel != pixel_before && own_pixel != kNoPixel);
+    while (begins) {
+      const uint32_t from = lowest_bit(begins);
+      begins &= begins - 1;
+      add_pixel(first + from, threads.shuffle(own_pixel, from), threads);
+    }
+  }
+
+ private:
+  C10_DEVICE int32_t pixel_at(uint32_t place) const {
+    return place < count() ? load(corners.pixels + load(order + place)) : kNoPixel;
+  }
+
+  C10_DEVICE void add_pixel(uint32_t begin, int32_t own_pixel, const Threads& threads) const {
+    const uint32_t sub = threads.lane % kLanes, group = threads.lane / kLanes;
+    const Divided at = divide(own_pixel, tile.offset_groups);
+    const uint32_t first_vector = at.rest * tile.offset_group_vectors;
+    for (uint32_t first = 0; first < tile.offset_group_vectors; first += kLanes) {
+      const uint32_t vector = first_vector + first + sub;
+      const bool active = first + sub < tile.offset_group_vectors;
+      const V* const columns = tile.columns + tile.first_column(vector);
+      T sum[kVector] = {};
+      for (uint32_t place = begin, found = kWarp; found == kWarp; place += kWarp) {
+        found = add_corners(place, own_pixel, active, columns, sum, threads);
+      }
+      for (uint32_t distance = kLanes; distance < kWarp; distance *= 2) {
+        for (T& each : sum) {
+          each += threads.shuffle_xor(each, distance);
+        }
+      }
+      if (!active || group != 0) continue;
+      T* const target = grad_input + uint64_t{at.quotient} * tile.in_channels + vector * kVector;
+      for (int v = 0; v < kVector; ++v) {
+        target[v] += sum[v];
+      }
+    }
+  }
+
+  // Those of the pixel from a place on, one per lane; gives how many there are.
+  C10_DEVICE uint32_t add_corners(uint32_t place, int32_t own_pixel, bool active, const V* columns, T (&sum)[kVector],
+                                  const Threads& threads) const {
+    const uint32_t corner = place + threads.lane < count() ? load(order + place + threads.lane) : 0;
+    const bool own = place + threads.lane < count() && load(corners.pixels + corner) == own_pixel;
+    const T own_weight = own ? load(corners.weights + corner) : 0;
+    const uint32_t own_column = tile.offset_groups(corner / 4) * tile.group_vectors;
+    const uint32_t found = bits_set(threads.ballot(own));
+    const uint32_t group = threads.lane / kLanes;
+#pragma unroll 4
+    for (uint32_t i = group; i < found + group; i += kGroups) {  // as often for each group
+      const uint32_t from = i < found ? i : 0;
+      const T weight = threads.shuffle(own_weight, from);
+      const uint32_t column = threads.shuffle(own_column, from);
+      if (!active || i >= found) continue;
+      T grad[kVector];
+      load(element(columns, column)).unpack(grad);
+      for (int v = 0; v < kVector; ++v) {
+        sum[v] += weight * grad[v];
+      }
+    }
+    return found;
+  }
+};
+
+}  // namespace mmdcn

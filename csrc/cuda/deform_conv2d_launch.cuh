@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the kernels are launched for the tiles of a call. See Note [Deformable convolution on CUDA].
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+#include "../core/conv_geometry.h"
+#include "deform_conv2d_columns.cuh"
+#include "deform_conv2d_input.cuh"
+#include "device.cuh"
+
+namespace mmdcn {
+
+// One call, and one tile of it.
+template <typename scalar_t>
+struct Sampling {
+  using T = compute_t<scalar_t>;
+
+  ConvGeometry geometry;
+  Planes<T> offset;       // [B, 2*G*K, H_out, W_out]
+  Planes<T> mask;         // [B, G*K, H_out, W_out]
+  const scalar_t* input;  // [B*H*W, C_in]
+  int64_t pixel_stride;
+  scalar_t* columns;     // [groups, count, K, C_in/groups], dense, at a multiple of kVectorBytes
+  int64_t first, count;  // positions of the batch
+  int32_t device;
+};
+
+// Whether no number that the kernels hold in 32 bits is too large for a call of so many images, and for tiles of so
+// many positions. Fewer of either may fit, unless an image alone has too many pixels.
+inline bool fits(const ConvGeometry& g, int64_t pixel_stride, int64_t tile_positions) {
+  constexpr int64_t kLimit = int64_t{1} << 31, kHalf = kLimit / 2;
+  const auto product = [](auto... factors) { return (static_cast<double>(factors) * ...); };  // which does not overflow
+  const int64_t position_samples = g.samples_per_position();
+  const auto extent = [](int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
+    return static_cast<double>(out - 1) * stride + static_cast<double>(kernel - 1) * dilation;
+  };
+  return product(g.batch, g.height, g.width, std::max(pixel_stride, g.offset_groups)) < kLimit &&
+         product(g.batch, g.out_height, g.out_width) < kLimit &&
+         product(tile_positions, g.taps(), g.in_channels) < kLimit && product(tile_positions, position_samples, 4) < kLimit &&
+         // with the places that patches leave empty
+         product(g.out_height + 4, g.out_width + 8, 1) < kLimit && g.padding_y < kHalf && g.padding_x < kHalf &&
+         extent(g.out_height, g.stride_y, g.kernel_height, g.dilation_y) < kHalf &&
+         extent(g.out_width, g.stride_x, g.kernel_width, g.dilation_x) < kHalf;
+}
+
+namespace launching {
+
+constexpr int64_t kPatchWidth = 8;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether no vector of channels crosses a group or begins at an odd address.
+template <typename scalar_t>
+bool is_vectorized(const Sampling<scalar_t>& s) {
+  constexpr int kVector = kMaxVector<scalar_t>;
+  return s.geometry.group_in_channels() % kVector == 0 && s.geometry.offset_group_channels() % kVector == 0 &&
+         s.pixel_stride % kVector == 0 && reinterpret_cast<uintptr_t>(s.input) % kVectorBytes == 0;
+}
+
+// Patches, as many as there are for `warps` warps each, are made smaller for a tile of few positions, lest
+// multiprocessors of the device be left without work.
+template <typename scalar_t, int kVector>
+Tile<scalar_t, kVector> make_tile(const Sampling<scalar_t>& s, int64_t warps_per_patch, int64_t wanted_warps) {
+  const ConvGeometry& g = s.geometry;
+  const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
+  const auto division = [](int64_t n) { return Division(static_cast<uint32_t>(std::max<int64_t>(n, 1))); };
+  Tile<scalar_t, kVector> tile{};
+  tile.input = reinterpret_cast<const Vector<scalar_t, kVector>*>(s.input);
+  tile.pixel_vectors = number(s.pixel_stride / kVector);
+  tile.height = g.height, tile.width = g.width;
+  tile.stride_y = g.stride_y, tile.stride_x = g.stride_x;
+  tile.padding_y = g.padding_y, tile.padding_x = g.padding_x;
+  tile.dilation_y = g.dilation_y, tile.dilation_x = g.dilation_x;
+  tile.groups = number(g.groups);
+  tile.group_vectors = number(g.group_in_channels() / kVector);
+  tile.offset_group_vectors = number(g.offset_group_channels() / kVector);
+  tile.in_channels = number(g.in_channels);
+  tile.kernel_width = division(g.kernel_width);
+  tile.taps = division(g.taps());
+  tile.offset_groups = division(g.offset_groups);
+  tile.positions = division(g.positions());
+  tile.out_width = division(g.out_width);
+  tile.vectors_of_group = division(tile.group_vectors);
+  tile.offset = s.offset;
+  tile.mask = s.mask;
+  tile.first = number(s.first);
+  tile.count = number(s.count);
+  tile.columns = reinterpret_cast<Vector<scalar_t, kVector>*>(s.columns);
+
+  const bool is_grid = g.out_width >= kPatchWidth && s.first % g.out_width == 0 && s.count % g.out_width == 0;
+  tile.grid_width = number(is_grid ? g.out_width : s.count);
+  tile.grid_rows = number(is_grid ? s.count / g.out_width : 1);
+  int64_t members = kWarp;
+  while (members > kPatchWidth && s.count / members * warps_per_patch < wanted_warps) {
+    members /= 2;
+  }
+  const int64_t width = is_grid ? kPatchWidth : members;
+  tile.patch_log_width = std::bit_width(number(width)) - 1;
+  tile.patch_rows = number(members / width);
+  tile.patch_columns = division(ceil_div(tile.grid_width, width));
+  tile.patches = tile.patch_columns.divisor * number(ceil_div(tile.grid_rows, tile.patch_rows));
+  return tile;
+}
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// Calls body(vector, lanes): how many channels a lane takes at a time, and how many lanes share a sample.
+template <typename scalar_t, typename Body>
+void with_vector_and_lanes(const Sampling<scalar_t>& s, const Body& body) {
+  constexpr Constant<kMaxVector<scalar_t>> vector;
+  if (!is_vectorized(s)) return body(Constant<1>(), Constant<32>());
+  const int64_t vectors = s.geometry.offset_group_channels() / vector;
+  if (vectors > 16) return body(vector, Constant<32>());
+  if (vectors > 8) return body(vector, Constant<16>());
+  body(vector, Constant<8>());
+}
+
+// Calls body(vector, lanes, single): whether those lanes have no more than one vector each, too.
+template <typename scalar_t, typename Body>
+void with_single(const Sampling<scalar_t>& s, const Body& body) {
+  with_vector_and_lanes(s, [&](auto vector, auto lanes) {
+    if constexpr (lanes < 32) {
+      body(vector, lanes, std::true_type());
+    } else if (vector > 1 && s.geometry.offset_group_channels() <= vector * lanes) {
+      if constexpr (vector > 1) body(vector, lanes, std::true_type());
+    } else {
+      body(vector, lanes, std::false_type());
+    }
+  });
+}
+
+template <bool kDots, bool kBlend, typename scalar_t>
+void launch_columns(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_offset, compute_t<scalar_t>* grad_mask) {
+  if (s.count == 0) return;
+  with_single(s, [&](auto vector, auto lanes, auto single) {
+    const auto tile = make_tile<scalar_t, vector>(s, s.geometry.samples_per_position(), 32 * multiprocessors(s.device));
+    launch_warps(Columns<scalar_t, vector, lanes, single, kDots, kBlend>{tile, grad_offset, grad_mask}, s.device);
+  });
+}
+
+}  // namespace launching
+
+// Fills the columns with the samples.
+template <typename scalar_t>
+void launch_sample_columns(const Sampling<scalar_t>& s) {
+  launching::launch_columns<false, true>(s, nullptr, nullptr);
+}
+
+// Writes the gradients of offset [B, 2*G*K, H_out, W_out] and mask [B, G*K, H_out, W_out], both dense, null where not
+// needed, from the columns' gradient, and puts the samples in its place if `samples`.
+template <typename scalar_t>
+void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_offset,
+                          compute_t<scalar_t>* grad_mask, bool samples) {
+  if (!grad_offset && !grad_mask) {
+    if (samples) launch_sample_columns(s);
+  } else if (samples) {
+    launching::launch_columns<true, true>(s, grad_offset, grad_mask);
+  } else {
+    launching::launch_columns<true, false>(s, grad_offset, grad_mask);
+  }
+}
+
+// Adds the gradient of the input to grad_input [B*H*W, C_in], at a multiple of kVectorBytes, from the columns'.
+template <typename scalar_t>
+void launch_input_gradient(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input) {
+  if (s.count == 0) return;
+  launching::with_single(s, [&](auto vector, auto lanes, auto single) {
+    const auto tile =
+        launching::make_tile<scalar_t, vector>(s, s.geometry.offset_groups, 2 * multiprocessors(s.device));
+    launch_warps(AddToInput<scalar_t, vector, lanes, single>{tile, grad_input}, s.device);
+  });
+}
+
+// The same in an order that does not change, in two steps, between which the host sorts: `order` is the stable argsort
+// of the pixels. All have 4 * count * K * G elements.
+template <typename scalar_t>
+void launch_list_corners(const Sampling<scalar_t>& s, const Corners<compute_t<scalar_t>>& corners) {
+  if (s.count == 0) return;
+  const auto tile = launching::make_tile<scalar_t, 1>(s, 1, 0);
+  launch_warps(ListCorners<scalar_t, 1>{tile, corners}, s.device);
+}
+
+template <typename scalar_t>
+void launch_add_sorted_corners(const Sampling<scalar_t>& s, const Corners<compute_t<scalar_t>>& corners,
+                               const int64_t* order, compute_t<scalar_t>* grad_input) {
+  if (s.count == 0) return;
+  launching::with_vector_and_lanes(s, [&](auto vector, auto lanes) {
+    const auto tile = launching::make_tile<scalar_t, vector>(s, 1, 0);
+    launch_warps(AddSortedCorners<scalar_t, vector, lanes>{tile, corners, order, grad_input}, s.device);
+  });
+}
+
+}  // namespace mmdcn
