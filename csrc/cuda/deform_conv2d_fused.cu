@@ -221,14 +221,6 @@ auto with_mma_form(const FusedForward& call, const Body& body) {
   return body(Mma<scalar_t, 64, 64, 32, 32, 3, 3>{});
 }
 
-}  // namespace
-
-FusedShape fused_mma_shape(const FusedForward& call) {
-  return with_mma_form<__half>(call, [&](auto form) -> FusedShape {
-    return {form.kRows, form.kColumns, form.shared_bytes(call.taps)};
-  });
-}
-
 template <typename scalar_t>
 void run_mma(const FusedForward& call, int32_t device) {
   with_mma_form<scalar_t>(call, [&](auto form) {
@@ -241,8 +233,35 @@ void run_mma(const FusedForward& call, int32_t device) {
   });
 }
 
-void run_fused_mma(const FusedForward& call, bool is_half, int32_t device) {
-  if (is_half) {
+// Fewer blocks leave so many multiprocessors without work that the columns are quicker.
+bool occupies(const FusedForward& call, const FusedShape& shape, int32_t device) {
+  constexpr double kLeastBlocks = 0.6;  // for each multiprocessor; measured on an H100
+  const int64_t blocks = int64_t{call.positions() + shape.rows - 1} / shape.rows * (call.out_channels / shape.columns);
+  return blocks >= kLeastBlocks * multiprocessors(device);
+}
+
+}  // namespace
+
+FusedShape fused_mma_shape(const FusedForward& call) {
+  return with_mma_form<__half>(call, [&](auto form) -> FusedShape {
+    return {form.kRows, form.kColumns, form.shared_bytes(call.taps)};
+  });
+}
+
+FusedForm fused_form(const FusedForward& call, int32_t device) {
+  if (call.channels / call.offset_groups % kChunk != 0 || call.out_channels % 64 != 0) return FusedForm::kNone;
+  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                         attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const FusedForm form = capability == 90 ? FusedForm::kWgmma : FusedForm::kMma;
+  const FusedShape shape = form == FusedForm::kWgmma ? fused_wgmma_shape(call) : fused_mma_shape(call);
+  const bool fits = shape.shared_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return fits && occupies(call, shape, device) ? form : FusedForm::kNone;
+}
+
+void run_fused(const FusedForward& call, FusedForm form, bool is_half, int32_t device) {
+  if (form == FusedForm::kWgmma) {
+    run_fused_wgmma(call, is_half, device);
+  } else if (is_half) {
     run_mma<__half>(call, device);
   } else {
     run_mma<__nv_bfloat16>(call, device);

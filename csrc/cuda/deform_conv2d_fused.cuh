@@ -51,14 +51,14 @@ struct FusedSample {
 __device__ __forceinline__ FusedSample fused_sample(const FusedForward& call, const OutputPosition& at, bool valid,
                                                     int32_t offset_group, int32_t tap) {
   const int32_t tap_y = tap / call.kernel_width, tap_x = tap - tap_y * call.kernel_width;
-  const int64_t channel = static_cast<int64_t>(offset_group) * call.taps + tap;
+  const int32_t channel = offset_group * call.taps + tap;
   float y = static_cast<float>(at.y * call.stride_y - call.padding_y + tap_y * call.dilation_y);
   float x = static_cast<float>(at.x * call.stride_x - call.padding_x + tap_x * call.dilation_x);
   float mask = 0;
   if (valid) {
-    y += call.offset.at(at.image, 2 * channel, at.y, at.x);
-    x += call.offset.at(at.image, 2 * channel + 1, at.y, at.x);
-    mask = call.mask.data ? call.mask.at(at.image, channel, at.y, at.x) : 1.0f;
+    y += __ldg(call.offset.at(at.image, 2 * channel, at.y, at.x));
+    x += __ldg(call.offset.at(at.image, 2 * channel + 1, at.y, at.x));
+    mask = call.mask.data ? __ldg(call.mask.at(at.image, channel, at.y, at.x)) : 1.0f;
   }
   const bool inside = valid && y > -1 && x > -1 && y < static_cast<float>(call.height) && x < static_cast<float>(call.width);
   const float floor_y = floorf(y), floor_x = floorf(x), fy = y - floor_y, fx = x - floor_x;

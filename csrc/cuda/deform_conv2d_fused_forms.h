@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forms of Note [Fused forward], each of a source of its own: `wgmma` compiles for compute capability 9.0 alone.
+// The form of Note [Fused forward] that compiles for compute capability 9.0 alone, in a source of its own.
 #pragma once
 
 #include "deform_conv2d_fused.h"
@@ -11,10 +11,8 @@ struct FusedShape {
   int32_t rows, columns, shared_bytes;
 };
 
-FusedShape fused_mma_shape(const FusedForward& call);
 FusedShape fused_wgmma_shape(const FusedForward& call);
 
-void run_fused_mma(const FusedForward& call, bool is_half, int32_t device);
 void run_fused_wgmma(const FusedForward& call, bool is_half, int32_t device);
 
 }  // namespace mmdcn

@@ -51,6 +51,12 @@ inline void clear(void* target, int64_t bytes, int32_t device) {
   STD_CUDA_CHECK(cudaMemsetAsync(target, 0, bytes, current_stream(device)));
 }
 
+// Lets a kernel have so much dynamic shared memory: more than 48 KiB must be asked for.
+template <typename Kernel>
+void allow_shared_bytes(Kernel kernel, int32_t bytes) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 // a @ b in a type that may be wider than theirs, which torch has for CUDA only.
 inline Tensor bmm_as(const Tensor& a, const Tensor& b, torch::headeronly::ScalarType type) {
   return call_torch("aten::bmm", "dtype", a, b, type);
