@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the host does: tiles, launches and matrix products. See Note [Deformable convolution on CUDA].
-#include "deform_conv2d.cuh"
+#include "deform_conv2d_launch.cuh"
 
 #include <algorithm>
 #include <optional>
@@ -57,11 +57,16 @@ class Tiles {
         mask_(mask ? std::optional<Tensor>(torch::stable::to(*mask, offset_.scalar_type())) : std::nullopt),
         rows_(nhwc_rows<scalar_t>(input, 0, g.batch, input.scalar_type())),
         weight_(torch::stable::reshape(permute(weight, {0, 2, 3, 1}), {g.groups, g.group_out_channels(), -1})) {
-    STD_TORCH_CHECK(g.positions() <= INT32_MAX && g.in_channels <= INT32_MAX && g.taps() * g.offset_groups <= INT32_MAX,
-                    "an image must have fewer than 2^31 channels, samples per position and output positions");
     const int64_t bytes = g.taps() * g.in_channels * (int64_t{sizeof(scalar_t)} + workspace);  // of one position
-    const int64_t tiles = ceil_div(total(), std::max(tile_bytes(device_) / bytes, kMinTilePositions));
-    positions_ = tiles == 0 ? 0 : ceil_div(total(), tiles);
+    const int64_t wanted = std::max(tile_bytes(device_) / bytes, kMinTilePositions);
+    const int64_t tiles = ceil_div(total(), wanted);
+    int64_t quantum = 4 * g.out_width;
+    while (quantum > wanted) {
+      quantum = quantum % g.out_width == 0 && quantum > g.out_width ? quantum - g.out_width : 1;
+    }
+    positions_ = tiles == 0 ? 0 : std::min(ceil_div(ceil_div(total(), tiles), quantum) * quantum, total());
+    STD_TORCH_CHECK(fits(g, rows_.pixel_stride, positions_),
+                    "a batch must have fewer than 2^31 elements in its images, and in the positions that a tile has");
     columns_ = empty_buffer(input, input.scalar_type(), positions_ * g.taps() * g.in_channels);
   }
 
@@ -78,50 +83,19 @@ class Tiles {
     }
   }
 
-  void sample_columns(int64_t first, int64_t count) const {
-    const Sampling<scalar_t> tile = sampling(first, count);
-    if (vectorized()) {
-      launch(SampleColumns<scalar_t, kMaxVector<scalar_t>>{tile}, device_);
-    } else {
-      launch(SampleColumns<scalar_t, 1>{tile}, device_);
-    }
-  }
-
-  void backpropagate_columns(int64_t first, int64_t count, const SamplingGradients<T>& gradients) const {
-    const Sampling<scalar_t> tile = sampling(first, count);
-    if (vectorized()) {
-      launch(BackpropagateColumns<scalar_t, kMaxVector<scalar_t>>{tile, gradients}, device_);
-    } else {
-      launch(BackpropagateColumns<scalar_t, 1>{tile, gradients}, device_);
-    }
+  Sampling<scalar_t> sampling(int64_t first, int64_t count) const {
+    return {.geometry = g_,
+            .offset = planes<T>(offset_),
+            .mask = planes<T>(mask_),
+            .input = rows_.data,
+            .pixel_stride = rows_.pixel_stride,
+            .columns = data<scalar_t>(columns_),
+            .first = first,
+            .count = count,
+            .device = device_};
   }
 
  private:
-  // Whether no vector of channels crosses a group or begins at an odd address.
-  bool vectorized() const {
-    constexpr int kVector = kMaxVector<scalar_t>;
-    return g_.group_in_channels() % kVector == 0 && g_.offset_group_channels() % kVector == 0 &&
-           rows_.pixel_stride % kVector == 0 && reinterpret_cast<uintptr_t>(rows_.data) % kVectorBytes == 0;
-  }
-
-  Sampling<scalar_t> sampling(int64_t first, int64_t count) const {
-    return {
-        .geometry = g_,
-        .taps = static_cast<uint32_t>(g_.taps()),
-        .positions = static_cast<uint32_t>(g_.positions()),
-        .out_width = static_cast<uint32_t>(g_.out_width),
-        .groups = static_cast<uint32_t>(g_.groups),
-        .group_channels = static_cast<uint32_t>(g_.group_in_channels()),
-        .offset_groups = static_cast<uint32_t>(g_.offset_groups),
-        .offset_group_channels = static_cast<uint32_t>(g_.offset_group_channels()),
-        .offset = planes<T>(offset_),
-        .mask = planes<T>(mask_),
-        .input = rows_.data,
-        .pixel_stride = rows_.pixel_stride,
-        .tile = {first / g_.positions(), static_cast<uint32_t>(first % g_.positions()), static_cast<uint32_t>(count)},
-        .columns = data<scalar_t>(columns_)};
-  }
-
   ConvGeometry g_;
   int32_t device_;
   Tensor offset_;
@@ -160,7 +134,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optio
   dispatch_storage(type, "input", [&](auto zero) {
     Tiles<decltype(zero)> tiles(g, input, offset, mask, weight);
     tiles.for_each([&](int64_t first, int64_t count, const Tensor& columns) {
-      tiles.sample_columns(first, count);
+      launch_sample_columns(tiles.sampling(first, count));
       bmm_out(columns, torch::stable::transpose(tiles.weight(), 1, 2), by_group(matrix, first, count, g));
     });
   });
@@ -175,35 +149,29 @@ class InputGradient {
  public:
   InputGradient(const ConvGeometry& g, const Tensor& grad_input, ScalarType type, bool needed, bool deterministic,
                 int64_t tile_positions)
-      : g_(g),
+      : needed_(needed),
         target_(needed ? nhwc_view(grad_input, 0, g.batch) : grad_input),
         copies_(needed && !is_nhwc_matrix(grad_input, type)),
         sum_(copies_ ? empty_nhwc(grad_input, g.batch, type) : target_) {
     torch::stable::zero_(sum_);
     if (!needed || !deterministic) return;
-    const int64_t samples = tile_positions * g.taps() * g.offset_groups;
-    contributions_ = empty_buffer(grad_input, type, 4 * samples * g.offset_group_channels());
-    rows_ = empty_buffer(grad_input, ScalarType::Long, 4 * samples);
+    const int64_t corners = 4 * tile_positions * g.samples_per_position();
+    weights_ = empty_buffer(grad_input, type, corners);
+    pixels_ = empty_buffer(grad_input, ScalarType::Int, corners);
   }
 
-  template <typename T>
-  void pass_to(SamplingGradients<T>& gradients) const {
-    if (rows_) {
-      gradients.contributions = data<T>(*contributions_);
-      gradients.rows = data<int64_t>(*rows_);
-    } else {
-      gradients.input = data<T>(sum_);
-    }
-  }
-
-  // Adds the contributions of a tile.
-  void add_contributions(int64_t count) const {
-    if (!rows_) return;
-    const int64_t total = 4 * count * g_.taps() * g_.offset_groups, channels = g_.offset_group_channels();
-    const std::vector<std::optional<Tensor>> rows{buffer_view(*rows_, {total})};
-    const bool accumulate = true, unsafe = true;  // without a check of the rows, which would wait for the device
-    call_torch("aten::_index_put_impl_", "", torch::stable::view(sum_, {-1, channels}), rows,
-               buffer_view(*contributions_, {total, channels}), accumulate, unsafe);
+  // Of a tile whose columns have their gradient.
+  template <typename scalar_t>
+  void add(const Sampling<scalar_t>& tile) const {
+    using T = compute_t<scalar_t>;
+    if (!needed_) return;
+    if (!pixels_) return launch_input_gradient(tile, data<T>(sum_));
+    const Corners<T> corners{data<int32_t>(*pixels_), data<T>(*weights_)};
+    launch_list_corners(tile, corners);
+    const bool stable = true, descending = false;
+    const int64_t dim = 0, count = 4 * tile.count * tile.geometry.samples_per_position();
+    const Tensor order = call_torch("aten::argsort", "stable", slice(*pixels_, 0, 0, count), stable, dim, descending);
+    launch_add_sorted_corners(tile, corners, data<int64_t>(order), data<T>(sum_));
   }
 
   void write() {
@@ -211,12 +179,11 @@ class InputGradient {
   }
 
  private:
-  ConvGeometry g_;
+  bool needed_;
   Tensor target_;
   bool copies_;
-  Tensor sum_;                           // [B, H, W, C_in]
-  std::optional<Tensor> contributions_;  // [4, samples of a tile, C_in/G]
-  std::optional<Tensor> rows_;           // [4, samples of a tile]
+  Tensor sum_;                              // [B, H, W, C_in]
+  std::optional<Tensor> pixels_, weights_;  // of the corners of a tile
 };
 
 // grad_weight [C_out, C_in/groups, kh, kw] from its sum [groups, C_out/groups, K * C_in/groups].
@@ -250,22 +217,23 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
   dispatch_storage(input.scalar_type(), "input", [&](auto zero) {
     using scalar_t = decltype(zero);
     using T = compute_t<scalar_t>;
-    const int64_t workspace = output_mask[0] && deterministic ? 4 * sizeof(T) : 0;
+    // The sort has as much again.
+    const int64_t workspace =
+        output_mask[0] && deterministic ? ceil_div(4 * (sizeof(T) + 36), g.offset_group_channels()) : 0;
     Tiles<scalar_t> tiles(g, input, offset, mask, weight, workspace);
     InputGradient sum(g, grad_input, type, output_mask[0], deterministic, tiles.positions());
     std::optional<Tensor> grad_weight_sum;
-    SamplingGradients<T> gradients{.weight = output_mask[3]};
-    if (output_mask[0]) sum.pass_to(gradients);
-    if (output_mask[1]) gradients.offset = data<T>(grad_offset);
-    if (output_mask[2]) gradients.mask = data<T>(grad_mask);
+    T* const offset_sum = output_mask[1] ? data<T>(grad_offset) : nullptr;
+    T* const mask_sum = output_mask[2] ? data<T>(grad_mask) : nullptr;
     tiles.for_each([&](int64_t first, int64_t count, const Tensor& columns) {
       const Tensor tile_grad = by_group(grad_matrix, first, count, g);
+      const Sampling<scalar_t> tile = tiles.sampling(first, count);
       if (output_mask[0] || output_mask[1] || output_mask[2]) {
         bmm_out(tile_grad, tiles.weight(), columns);
-        tiles.backpropagate_columns(first, count, gradients);
-        sum.add_contributions(count);
+        sum.add(tile);
+        launch_backpropagate(tile, offset_sum, mask_sum, output_mask[3]);
       } else {
-        tiles.sample_columns(first, count);
+        launch_sample_columns(tile);
       }
       if (!output_mask[3]) return;
       const Tensor product = bmm_as(torch::stable::transpose(tile_grad, 1, 2), columns, type);
