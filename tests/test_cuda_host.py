@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA source, run by the host: all of it but csrc/cuda/device.cuh, which has a twin in cuda_host.
 
-What needs a GPU (the launches, the sums between threads, torch's products) is tested where there is one.
+The twin runs the warps of a block in an order drawn from MMDCN_HOST_SEED, and refuses unaligned vectors. What needs a
+GPU (the launches, torch's products) is tested where there is one.
 """
 
 import shutil
@@ -20,8 +21,14 @@ CALLS = {name: CASES[name] for name in ('everything at once', 'depthwise', 'grou
 CALLS['neither'] = CASES['neither']
 # One that a warp moves over in vectors, with lanes to spare.
 CALLS['wide'] = Case((48, 6), (5, 7), (3, 2), padding=(1, 1), groups=2, offset_groups=2)
+# Those that groups of 16 lanes, a warp, and a warp more than once move over in vectors of half types.
+CALLS['half a warp wide'] = Case((72, 2), (3, 4), (2, 1))
+CALLS['a warp wide'] = Case((136, 3), (3, 4), (1, 2))
+CALLS['wider than a warp'] = Case((264, 2), (4, 3), (1, 2))
 # One whose taps are those of two thread blocks.
 CALLS['many taps'] = Case((8, 2), (6, 5), (2, 7), padding=(1, 3), offset_groups=2)
+# One whose tiles are whole rows, wider than a patch.
+CALLS['patches'] = Case((8, 2), (9, 10), (2, 3), padding=(1, 1))
 # Of input, offset and weight; one without a mask has no other gradient in the last row.
 NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -57,7 +64,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
             '-w',
             '-shared',
             '-fPIC',
-            '-pthread',
+            '-U_FORTIFY_SOURCE',  # which takes a jump to another stack for an error
             '-fvisibility=hidden',
             '-DTORCH_TARGET_VERSION=0x020a000000000000',
             *(f'-isystem{path}' for path in include_paths()),
@@ -96,6 +103,65 @@ def test_deform_conv2d_equals_the_cpu(
         gradients = (ops.deform_conv2d_backward(*arguments) for ops in (host, torch.ops.mmdcn))
         for pair in zip(*gradients, strict=True):
             _compare(pair, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('name', ['patches', 'many taps', 'groups across offset groups', 'wider than a warp'])
+def test_deform_conv2d_gives_the_same_for_any_order_of_warps(
+    host: object, name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, dtype = CALLS[name], torch.float32
+    call = case.draw(dtype)
+    images = (call.input, call.offset, call.mask, call.weight)
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+    arguments = (draw_grad_output(call), *images, *geometry, (True, True, True, True))
+
+    def results(deterministic: bool) -> list[torch.Tensor]:
+        output = host.deform_conv2d(*images, call.bias, *geometry)
+        return [output, *host.deform_conv2d_backward(*arguments, deterministic)]
+
+    expected, deterministic = results(False), results(True)
+    monkeypatch.setenv('MMDCN_HOST_SEED', f'{seed + 1}')
+    for pair in zip(results(False), expected, strict=True):
+        _compare(pair, TOLERANCES[dtype])
+    for actual, expected in zip(results(True), deterministic, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_deform_conv2d_adds_up_the_samples_of_a_block_in_a_fixed_order(
+    host: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case((5, 3), (4, 5), (3, 3), padding=(1, 1), batch=1)
+    call = case.draw(torch.float32)
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+    arguments = (draw_grad_output(call), call.input, call.offset, call.mask, call.weight, *geometry)
+    gradients = []
+    for seed in range(0, 12, 2):  # those of a device that wants few blocks
+        monkeypatch.setenv('MMDCN_HOST_SEED', f'{seed}')
+        gradients.append(host.deform_conv2d_backward(*arguments, (True, False, False, False), False)[0])
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES)
+def test_deform_conv2d_reads_no_unaligned_vector(host: object, dtype: torch.dtype) -> None:
+    call = CALLS['a warp wide'].draw(dtype)
+
+    def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+        rows = tensor.movedim(1, -1)
+        return tensor.new_empty(tensor.numel() + 1)[1:].view(rows.shape).copy_(rows).movedim(-1, 1)
+
+    geometry = (call.stride, call.padding, call.dilation, 1, 1)
+    images = (call.input, call.offset, call.mask, call.weight)
+    odd = tuple(map(unaligned, images))
+    outputs = [host.deform_conv2d(*tensors, call.bias, *geometry).contiguous() for tensors in (odd, images)]
+    _compare(outputs, TOLERANCES[dtype])
+    grad_output = draw_grad_output(call)
+    gradients = (
+        host.deform_conv2d_backward(grad, *tensors, *geometry, (True, True, True, True), False)
+        for grad, tensors in ((unaligned(grad_output), odd), (grad_output, images))
+    )
+    for actual, expected in zip(*gradients, strict=True):
+        _compare((actual.contiguous(), expected.contiguous()), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
