@@ -18,11 +18,13 @@ from mmdcn import modules, ops
 from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.modules.deform_conv2d import without_autocast
 from mmdcn.modules.predictors import make_predictors
+from mmdcn.ops._arguments import overridable
 from mmdcn.reference.conv2d import output_shape
 
 Sizes = int | tuple[int, int]  # one for both axes, or (y, x)
 
 
+@overridable
 def _deform_conv2d(
     input: Tensor,  # [B, C_in, H, W]
     offset: Tensor,  # [B, 2*G*K, H_out, W_out]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdcn.checkpoints.version1_keys import report_lost_offsets
 from mmdcn.modules.predictors import Packed, Predictor
+from mmdcn.modules.tracing import OneNode
 from mmdcn.ops import deform_conv2d
 from mmdcn.registry import MODELS
 
@@ -68,7 +69,7 @@ def _load_from_state_dict(
 
 
 @MODELS.register_module()
-class DeformConv2d(mmcv.ops.DeformConv2d):
+class DeformConv2d(OneNode, mmcv.ops.DeformConv2d):
     """Deformable convolution (DCNv1) with offsets from outside.
 
     The arguments are those of `mmcv.ops.DeformConv2d`, `deformable_groups` as an old name of `deform_groups`
@@ -123,7 +124,7 @@ class DeformConv2dPack(Packed, DeformConv2d, mmcv.ops.DeformConv2dPack):
 
 
 @MODELS.register_module()
-class ModulatedDeformConv2d(mmcv.ops.ModulatedDeformConv2d):
+class ModulatedDeformConv2d(OneNode, mmcv.ops.ModulatedDeformConv2d):
     """Modulated deformable convolution (DCNv2) with offsets and masks from outside.
 
     The arguments are those of `mmcv.ops.ModulatedDeformConv2d`; any of them that has two axes may be a pair (y, x).

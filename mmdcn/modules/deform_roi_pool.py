@@ -8,12 +8,13 @@ import mmcv.ops
 from torch import Tensor
 
 from mmdcn.modules.predictors import Packed
+from mmdcn.modules.tracing import OneNode
 from mmdcn.ops import deform_roi_pool
 from mmdcn.registry import MODELS
 
 
 @MODELS.register_module()
-class DeformRoIPool(mmcv.ops.DeformRoIPool):
+class DeformRoIPool(OneNode, mmcv.ops.DeformRoIPool):
     """Deformable RoI pooling with offsets from outside.
 
     The arguments are those of `mmcv.ops.DeformRoIPool`: output_size, spatial_scale, sampling_ratio and gamma.
