@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from mmdcn import modules, ops
 from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.modules.deform_conv2d import without_autocast
+from mmdcn.modules.predictors import make_predictors
+from mmdcn.ops._arguments import overridable
 from mmdcn.reference.conv2d import output_shape
 
 Sizes = int | tuple[int, int]  # one for both axes, or (y, x)
 
 
+@overridable
 def _deform_conv2d(
     input: Tensor,  # [B, C_in, H, W]
     offset: Tensor,  # [B, 2*G*K, H_out, W_out]
@@ -146,6 +149,7 @@ def _convert(module: nn.Module, layer: type[nn.Module]) -> None:
     # The class makes the whole difference: mmdcn's derives from mmcv's, and reads the same attributes, but for the
     # bias that mmcv's DCNv1 never has.
     module.__class__ = layer
+    make_predictors(module)
     if isinstance(module, mmcv.ops.DeformConv2d) and not hasattr(module, 'bias'):
         module.register_parameter('bias', None)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdcn.checkpoints.version1_keys import report_lost_offsets
+from mmdcn.modules.predictors import Packed, Predictor
+from mmdcn.modules.tracing import OneNode
 from mmdcn.ops import deform_conv2d
 from mmdcn.registry import MODELS
 
@@ -22,9 +24,8 @@ def _init_like_conv(weight: Tensor, bias: Tensor | None, conv_offset: nn.Conv2d 
     nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
     if bias is not None:
         nn.init.zeros_(bias)
-    if conv_offset is not None:
-        for parameter in conv_offset.parameters():
-            nn.init.zeros_(parameter)
+    if isinstance(conv_offset, Predictor):  # not yet, where mmcv's constructor calls this
+        conv_offset.reset_parameters()
 
 
 def _check_groups(layer: 'DeformConv2d | ModulatedDeformConv2d', offset: Tensor) -> None:
@@ -49,7 +50,7 @@ def _predict(conv_offset: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _load_from_state_dict(
-    self: nn.Module,
+    self: Any,
     state_dict: dict[str, Tensor],
     prefix: str,
     local_metadata: dict,
@@ -58,15 +59,17 @@ def _load_from_state_dict(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Load a packed layer; mmcv's own method announces each layer of each checkpoint, and loses the old keys."""
-    report_lost_offsets(state_dict, prefix, unexpected_keys)
+    """Load a layer; mmcv's own method announces each layer of each checkpoint, and loses the old keys."""
+    self.is_init = True  # so that a parent's init_weights leaves what is loaded
+    if hasattr(self, 'conv_offset'):
+        report_lost_offsets(state_dict, prefix, unexpected_keys)
     nn.Module._load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     )
 
 
 @MODELS.register_module()
-class DeformConv2d(mmcv.ops.DeformConv2d):
+class DeformConv2d(OneNode, mmcv.ops.DeformConv2d):
     """Deformable convolution (DCNv1) with offsets from outside.
 
     The arguments are those of `mmcv.ops.DeformConv2d`, `deformable_groups` as an old name of `deform_groups`
@@ -93,12 +96,14 @@ class DeformConv2d(mmcv.ops.DeformConv2d):
         _check_groups(self, offset)
         return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
+    _load_from_state_dict = _load_from_state_dict
+
     def __repr__(self) -> str:
         return super().__repr__().replace('bias=False', f'bias={self.bias is not None}')
 
 
 @MODELS.register_module(name=['DCN', 'DeformConv2dPack'])
-class DeformConv2dPack(DeformConv2d, mmcv.ops.DeformConv2dPack):
+class DeformConv2dPack(Packed, DeformConv2d, mmcv.ops.DeformConv2dPack):
     """Deformable convolution (DCNv1) in the place of a convolution: a `conv_offset` predicts the offsets.
 
     The arguments are those of `DeformConv2d`, the parameters those of `mmcv.ops.DeformConv2dPack`. The offsets are
@@ -117,11 +122,9 @@ class DeformConv2dPack(DeformConv2d, mmcv.ops.DeformConv2dPack):
         offset = _predict(self.conv_offset, x)
         return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation)
 
-    _load_from_state_dict = _load_from_state_dict
-
 
 @MODELS.register_module()
-class ModulatedDeformConv2d(mmcv.ops.ModulatedDeformConv2d):
+class ModulatedDeformConv2d(OneNode, mmcv.ops.ModulatedDeformConv2d):
     """Modulated deformable convolution (DCNv2) with offsets and masks from outside.
 
     The arguments are those of `mmcv.ops.ModulatedDeformConv2d`; any of them that has two axes may be a pair (y, x).
@@ -141,9 +144,11 @@ class ModulatedDeformConv2d(mmcv.ops.ModulatedDeformConv2d):
         _check_groups(self, offset)
         return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
+    _load_from_state_dict = _load_from_state_dict
+
 
 @MODELS.register_module(name=['DCNv2', 'ModulatedDCN', 'ModulatedDeformConv2dPack'])
-class ModulatedDeformConv2dPack(ModulatedDeformConv2d, mmcv.ops.ModulatedDeformConv2dPack):
+class ModulatedDeformConv2dPack(Packed, ModulatedDeformConv2d, mmcv.ops.ModulatedDeformConv2dPack):
     """Modulated deformable convolution (DCNv2) in the place of a convolution: it predicts its offsets and masks.
 
     The arguments are those of `ModulatedDeformConv2d`, the parameters those of `mmcv.ops.ModulatedDeformConv2dPack`:
@@ -164,5 +169,3 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d, mmcv.ops.ModulatedDeformC
         # From the end, since a convolution takes an image without a batch too, which the operator then refuses.
         offset, mask = _predict(self.conv_offset, x).split((2 * taps, taps), dim=-3)
         return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation, mask.sigmoid())
-
-    _load_from_state_dict = _load_from_state_dict

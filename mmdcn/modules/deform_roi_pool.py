@@ -7,12 +7,14 @@ Each layer is an instance of mmcv's class of the same name, as the convolutions 
 import mmcv.ops
 from torch import Tensor
 
+from mmdcn.modules.predictors import Packed
+from mmdcn.modules.tracing import OneNode
 from mmdcn.ops import deform_roi_pool
 from mmdcn.registry import MODELS
 
 
 @MODELS.register_module()
-class DeformRoIPool(mmcv.ops.DeformRoIPool):
+class DeformRoIPool(OneNode, mmcv.ops.DeformRoIPool):
     """Deformable RoI pooling with offsets from outside.
 
     The arguments are those of `mmcv.ops.DeformRoIPool`: output_size, spatial_scale, sampling_ratio and gamma.
@@ -31,7 +33,7 @@ class DeformRoIPool(mmcv.ops.DeformRoIPool):
 
 
 @MODELS.register_module()
-class DeformRoIPoolPack(DeformRoIPool, mmcv.ops.DeformRoIPoolPack):
+class DeformRoIPoolPack(Packed, DeformRoIPool, mmcv.ops.DeformRoIPoolPack):
     """Deformable RoI pooling that predicts its offsets from the regions, pooled without (Dai et al., ICCV 2017, 2.2).
 
     The arguments and parameters are those of `mmcv.ops.DeformRoIPoolPack`. The offsets are zero at first, so that the
@@ -48,7 +50,7 @@ class DeformRoIPoolPack(DeformRoIPool, mmcv.ops.DeformRoIPoolPack):
 
 
 @MODELS.register_module()
-class ModulatedDeformRoIPoolPack(DeformRoIPool, mmcv.ops.ModulatedDeformRoIPoolPack):
+class ModulatedDeformRoIPoolPack(Packed, DeformRoIPool, mmcv.ops.ModulatedDeformRoIPoolPack):
     """Deformable RoI pooling that predicts its offsets, and a mask for each bin (Zhu et al., CVPR 2019, 3.2).
 
     The arguments and parameters are those of `mmcv.ops.ModulatedDeformRoIPoolPack`. Offsets start at 0 and masks at

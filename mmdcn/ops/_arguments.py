@@ -2,10 +2,14 @@
 """What the operators ask of their arguments, and how they say it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+Parameters = ParamSpec('Parameters')
 
 Pair = tuple[int, int]  # (y, x)
 
@@ -76,6 +80,19 @@ def single_if_low(input: Tensor) -> list[torch.dtype]:
 @torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot look inside
 def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+def overridable(function: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
+    """Let what stands for a tensor have its way with a function, as torch's own do: for torch.fx it is one node."""
+
+    @wraps(function)
+    def public(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Tensor:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(public, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return public
 
 
 def autocast(values: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:

@@ -15,6 +15,7 @@ from mmdcn.ops._arguments import (
     check_floating,
     check_like,
     check_shape,
+    overridable,
     pair,
     single_if_low,
 )
@@ -25,6 +26,7 @@ _OP = 'mmdcn::deform_conv2d'
 _BACKWARD_OP = 'mmdcn::deform_conv2d_backward'
 
 
+@overridable
 def deform_conv2d(
     input: Tensor,  # [B, C_in, H, W]
     offset: Tensor,  # [B, 2*G*K, H_out, W_out]

@@ -15,6 +15,7 @@ from mmdcn.ops._arguments import (
     check_floating,
     check_like,
     check_shape,
+    overridable,
     pair,
     single_if_low,
 )
@@ -25,6 +26,7 @@ _OP = 'mmdcn::deform_roi_pool'
 _BACKWARD_OP = 'mmdcn::deform_roi_pool_backward'
 
 
+@overridable
 def deform_roi_pool(
     input: Tensor,  # [B, C, H, W]
     rois: Tensor,  # [N, 5]
