@@ -9,6 +9,7 @@ the processor has. The CUDA library is built wherever nvcc is found, for a CPU-o
 import platform
 import shutil
 import subprocess
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 
 TORCH_TARGET_VERSION = '0x020a000000000000'  # 2.10
 CUDA_ARCHITECTURES = (80, 90, 100, 120)  # and PTX of the last for those to come
+HOPPER = '_sm90a.cu'  # the end of a source of instructions that compute capability 9.0 alone has
 SOURCES = sorted(str(path) for folder in ('ops', 'cpu') for path in Path('csrc', folder).glob('*.cpp'))
 CUDA_SOURCES = sorted(str(path) for path in Path('csrc/cuda').glob('*.cu'))
 DEPENDS = sorted(str(path) for path in Path('csrc').rglob('*.*h'))
@@ -66,24 +68,15 @@ class BuildCore(BuildExtension):
             return
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        architectures = [f'-gencode=arch=compute_{arch},code=sm_{arch}' for arch in CUDA_ARCHITECTURES]
-        newest = CUDA_ARCHITECTURES[-1]
+        objects = Path(self.build_temp, 'cuda')
+        objects.mkdir(parents=True, exist_ok=True)
+        with ThreadPool() as pool:
+            names = pool.map(lambda source: self._compile_cuda(source, objects), CUDA_SOURCES)
         subprocess.check_call(
             [
                 'nvcc',
-                '-O3',
-                '-std=c++20',
                 '--shared',
-                '--threads=0',
-                '-Werror=all-warnings',
-                '-Xptxas=--warn-on-spills,--warning-as-error',
-                '-Xcompiler=-fPIC,-Wall,-fvisibility=hidden',
-                f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}',
-                '-DUSE_CUDA',  # else torch's headers hide its CUDA functions
-                *architectures,
-                f'-gencode=arch=compute_{newest},code=compute_{newest}',
-                *(f'-isystem={path}' for path in include_paths()),
-                *CUDA_SOURCES,
+                *names,
                 f'-o={target}',
                 *(f'-L={path}' for path in library_paths()),
                 '-ltorch_cpu',
@@ -92,6 +85,36 @@ class BuildCore(BuildExtension):
                 '-ltorch_cuda',
             ]
         )
+
+    def _compile_cuda(self, source: str, folder: Path) -> str:
+        """Compile a source for every architecture that has its instructions, and give the object's name."""
+        target = str(folder / Path(source).with_suffix('.o').name)
+        newest = CUDA_ARCHITECTURES[-1]
+        architectures = [
+            *(f'-gencode=arch=compute_{arch},code=sm_{arch}' for arch in CUDA_ARCHITECTURES),
+            f'-gencode=arch=compute_{newest},code=compute_{newest}',
+        ]
+        if source.endswith(HOPPER):
+            architectures = ['-gencode=arch=compute_90a,code=sm_90a']
+        subprocess.check_call(
+            [
+                'nvcc',
+                '-O3',
+                '-std=c++20',
+                '-c',
+                '--threads=0',
+                '-Werror=all-warnings',
+                '-Xptxas=--warn-on-spills,--warning-as-error',
+                '-Xcompiler=-fPIC,-Wall,-fvisibility=hidden',
+                f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}',
+                '-DUSE_CUDA',  # else torch's headers hide its CUDA functions
+                *architectures,
+                *(f'-isystem={path}' for path in include_paths()),
+                source,
+                f'-o={target}',
+            ]
+        )
+        return target
 
     def _torch_cuda_stub(self) -> Path:
         """Make an empty libtorch_cuda: the CUDA library must name it to find its functions there when it is loaded."""

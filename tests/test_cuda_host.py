@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA source, run by the host: all of it but csrc/cuda/device.cuh, which has a twin in cuda_host.
+"""The CUDA source, run by the host: all of it but the files that have a twin in cuda_host.
 
 The twin runs the warps of a block in an order drawn from MMDCN_HOST_SEED, and refuses unaligned vectors. What needs a
 GPU (the launches, torch's products) is tested where there is one.
@@ -42,12 +42,12 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
         pytest.skip('there is no g++')
     namespace = 'mmdcn_host'
     csrc = shutil.copytree(ROOT / 'csrc', tmp_path_factory.mktemp(namespace) / 'csrc')
-    shutil.copy(ROOT / 'tests/cuda_host/device.cuh', csrc / 'cuda')
+    shutil.copytree(ROOT / 'tests/cuda_host', csrc / 'cuda', dirs_exist_ok=True)
     sources = [name for stem in ('deform_conv2d', 'deform_roi_pool') for name in (f'cuda/{stem}.cu', f'ops/{stem}.cpp')]
+    sources.append('cuda/deform_conv2d_fused.cu')
     replacements = {
         'LIBRARY_IMPL(mmdcn, CUDA': f'LIBRARY_IMPL({namespace}, CPU',
         'FRAGMENT(mmdcn': f'FRAGMENT({namespace}',
-        'kMinTileBytes = 16 << 20': 'kMinTileBytes = 1',
     }
     texts = {name: (csrc / name).read_text() for name in sources}
     for old, new in replacements.items():

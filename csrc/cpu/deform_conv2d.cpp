@@ -381,7 +381,7 @@ ScalarType multiply_type(ScalarType storage) { return Linear::packs(storage) ? s
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask, const Tensor& weight,
                      const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                     int64_t offset_groups) {
+                     int64_t offset_groups, bool /*allow_tf32: there is none*/) {
   const ConvGeometry g =
       deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
   check_bias(bias, input, g.out_channels);
@@ -590,7 +590,7 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
                                              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation, int64_t groups,
                                              int64_t offset_groups, const std::vector<bool>& output_mask,
-                                             bool /*deterministic*/) {  // always
+                                             bool /*deterministic: always*/, bool /*allow_tf32: there is none*/) {
   const ConvGeometry g =
       deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
   check_backward(grad_output, input, mask, output_mask, g);

@@ -23,9 +23,6 @@
 namespace mmdcn {
 namespace {
 
-// Of the columns of a tile. On an H100, 100 to 200 MiB are quicker than what its L2 cache holds: there are fewer launches.
-constexpr int64_t kTileBytes = 128 << 20;
-constexpr int64_t kCopyBytes = 40 << 20;  // of the images that are copied in a round, unless one image has more
 constexpr int64_t kTileRows = 4;          // a tile has a multiple of so many, as patches do
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -328,7 +325,8 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optio
     using scalar_t = decltype(zero);
     Call<scalar_t> call(g, input, offset, mask, weight, allow_tf32);
     if constexpr (kIsHalfType<scalar_t>) {
-      const FusedForm form = g.groups == 1 ? fused_form(fused_call(g), call.device) : FusedForm::kNone;
+      const ConvGeometry round = Rounds::of(g, Rounds(g, 0, 0).images);
+      const FusedForm form = g.groups == 1 ? fused_form(fused_call(round), call.device) : FusedForm::kNone;
       if (form != FusedForm::kNone && (!bias || bias->stride(0) == 1)) {
         if (!forward_fused(call, form, weight, bias, output, call.input.copied(), input)) {
           forward_fused(call, form, weight, bias, output, true, input);
@@ -365,7 +363,9 @@ template <typename scalar_t>
 void backward(Call<scalar_t>& call, const Tensor& grad_output, const Gradients& gradients, bool deterministic) {
   using T = compute_t<scalar_t>;
   const ConvGeometry& g = call.geometry;
-  ImageRows<scalar_t> grad_rows(grad_output, !is_rows(grad_output)), grad_input(gradients.input, false);
+  ImageRows<scalar_t> grad_rows(grad_output, !is_rows(grad_output));
+  std::optional<ImageRows<scalar_t>> grad_input;
+  if (gradients.needs_input) grad_input.emplace(gradients.input, false);
   // The gradient of the input sums up in the compute type: in the tensor itself, or in rows to copy from.
   const bool sums = gradients.needs_input && !(std::is_same_v<T, scalar_t> && is_rows(gradients.input));
   const bool sorts = gradients.needs_input && deterministic;
@@ -395,8 +395,11 @@ void backward(Call<scalar_t>& call, const Tensor& grad_output, const Gradients& 
     scalar_t* const grads = grad_rows.read(workspace, first, images);
     T* const grad_offset = gradients.needs_offset ? data<T>(gradients.offset) + first * 2 * image_places : nullptr;
     T* const grad_mask = gradients.needs_mask ? data<T>(gradients.mask) + first * image_places : nullptr;
-    T* const input_sum = sums ? workspace.take<T>(sum) : reinterpret_cast<T*>(grad_input.at(workspace, first));
-    if (gradients.needs_input) clear(input_sum, images * image_sum * sizeof(T), call.device);
+    T* input_sum = nullptr;
+    if (grad_input) {
+      input_sum = sums ? workspace.take<T>(sum) : reinterpret_cast<T*>(grad_input->at(workspace, first));
+      clear(input_sum, images * image_sum * sizeof(T), call.device);
+    }
     const auto round = call.sampling(rows, first, images, workspace.take<scalar_t>(columns));
     call.for_each_tile(round, rounds.tile_positions, [&](const Sampling<scalar_t>& tile) {
       if (gradients.needs_columns()) {
@@ -405,7 +408,7 @@ void backward(Call<scalar_t>& call, const Tensor& grad_output, const Gradients& 
       }
       if (sorts) {
         add_deterministically(tile, corners, grad_output, input_sum);
-      } else if (gradients.needs_input) {
+      } else if (grad_input) {
         launch_input_gradient(tile, input_sum);
       }
       launch_backpropagate(tile, grad_offset, grad_mask, gradients.needs_weight);
@@ -416,7 +419,7 @@ void backward(Call<scalar_t>& call, const Tensor& grad_output, const Gradients& 
                      tile.count, adds, call.allow_tf32);
       adds = true;
     });
-    if (sums) grad_input.write(input_sum, first, images);
+    if (sums) grad_input->write(input_sum, first, images);
   });
   if (gradients.needs_weight) {
     ImageRows<scalar_t>(gradients.weight, false).write(static_cast<const T*>(grad_weight.data), 0, g.out_channels);

@@ -10,7 +10,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmdcn, m) {
       "Tensor weight, "  // [C_out, C_in/groups, kh, kw]
       "Tensor? bias, "   // [C_out]
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-      "SymInt groups, SymInt offset_groups"
+      "SymInt groups, SymInt offset_groups, "
+      "bool allow_tf32=False"  // on CUDA, products of float32 may round their factors
       ") -> Tensor");  // [B, C_out, H_out, W_out]
   m.def(
       "deform_conv2d_backward("
@@ -19,6 +20,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmdcn, m) {
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
       "SymInt groups, SymInt offset_groups, "
       "bool[] output_mask, "  // which of the four gradients to compute; the others come back with no elements
-      "bool deterministic"    // the same bits in each run, at a cost in time and memory on some devices
+      "bool deterministic, "  // the same bits in each run, at a cost in time and memory on some devices
+      "bool allow_tf32=False"
       ") -> (Tensor grad_input, Tensor grad_offset, Tensor grad_mask, Tensor grad_weight)");
 }

@@ -31,6 +31,9 @@ namespace mmdcn {
 
 constexpr uint32_t kWarp = 32;
 
+// So little that a small call has several tiles and rounds.
+constexpr int64_t kTileBytes = 4000, kCopyBytes = 3000;
+
 inline uint32_t host_seed() {
   const char* const seed = std::getenv("MMDCN_HOST_SEED");
   return seed ? std::atoi(seed) : 0;
