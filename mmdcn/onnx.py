@@ -24,6 +24,7 @@ def _deform_conv2d(
     dilation: list[int],
     groups: int,
     offset_groups: int,
+    allow_tf32: bool = False,
 ) -> Any:
     if offset.dtype != input.dtype:
         raise ValueError(

@@ -7,6 +7,7 @@
 
 #include "../core/checks.h"
 #include "../core/conv_geometry.h"
+#include "../core/dispatch.h"
 #include "../core/stable_ops.h"
 
 namespace mmdcn {
@@ -50,6 +51,9 @@ inline ConvGeometry deform_conv2d_geometry(const Tensor& input,                /
   check_shape(offset, "offset", {g.batch, 2 * offset_groups * g.taps(), g.out_height, g.out_width});
   check_floating(input, "input");
   check_floating(offset, "offset");
+  const ScalarType type = input.scalar_type(), offset_type = offset.scalar_type();
+  STD_TORCH_CHECK(offset_type == type || (offset_type == ScalarType::Float && compute_type(type) == ScalarType::Float),
+                  "offset must be of the type of input, or float32 if that is narrower, got ", toString(offset_type));
   check_same_type(weight, "weight", input.scalar_type());
   check_same_device(weight, "weight", input);
   check_same_device(offset, "offset", input);

@@ -82,6 +82,16 @@ def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+@torch.compiler.assume_constant_result
+def _cudnn_allows_tf32() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == 'tf32'
+
+
+def allow_tf32(input: Tensor) -> bool:
+    """Tell whether products of float32 may be of TF32, as those of torch's convolutions may."""
+    return input.dtype == torch.float32 and input.is_cuda and _cudnn_allows_tf32()
+
+
 def overridable(function: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
     """Let what stands for a tensor have its way with a function, as torch's own do: for torch.fx it is one node."""
 

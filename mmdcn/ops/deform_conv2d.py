@@ -10,6 +10,7 @@ from torch import Tensor
 from mmdcn import reference
 from mmdcn.ops._arguments import (
     Pair,
+    allow_tf32,
     autocast,
     check,
     check_floating,
@@ -77,8 +78,23 @@ def deform_conv2d(
         pair(padding, 'padding', 0),
         pair(dilation, 'dilation', 1),
     )
-    groups, offset_groups = _check(input, offset, weight, bias, step, pad, gap, mask)
-    return _convolve(input, offset, mask, weight, bias, step, pad, gap, groups, offset_groups)
+    tensors = (input, offset, weight, bias, step, pad, gap, mask)
+    if torch.compiler.is_compiling():
+        _check(*tensors)
+    try:
+        groups, offset_groups = _groups(input, offset, weight)
+        return _convolve(
+            input, offset, mask, weight, bias, step, pad, gap, groups, offset_groups, allow_tf32(input)
+        )
+    except Exception:
+        _check(*tensors)  # the operator checks them too; this says what is wrong with one
+        raise
+
+
+def _groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Give the number of weight groups and of offset groups that follow from the shapes, if those fit."""
+    _, group_channels, kernel_height, kernel_width = weight.shape
+    return input.shape[1] // group_channels, offset.shape[1] // (2 * kernel_height * kernel_width)
 
 
 def _check(
@@ -169,13 +185,13 @@ def _output_size(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dil
 
 def _convolve(*arguments: Any) -> Tensor:
     """Run the operator, with its arguments."""
-    return run(torch.ops.mmdcn.deform_conv2d, _reference, _DeformConv2d, *arguments)
+    return run(torch.ops.mmdcn.deform_conv2d.default, _reference, _DeformConv2d, *arguments)
 
 
 def _convolve_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Run the operator's backward, with its arguments."""
     return run(
-        torch.ops.mmdcn.deform_conv2d_backward,
+        torch.ops.mmdcn.deform_conv2d_backward.default,
         _reference_backward,
         _DeformConv2dBackward,
         *arguments,
@@ -193,12 +209,13 @@ def _reference(
     dilation: Pair,
     groups: int,
     offset_groups: int,
+    allow_tf32: bool,
 ) -> Tensor:
     return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
 
 def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors_and_geometry, _groups, _offset_groups, output_mask, _deterministic = arguments
+    *tensors_and_geometry, _groups, _offset_groups, output_mask, _deterministic, _allow_tf32 = arguments
     gradients: Any = reference.deform_conv2d_backward(*tensors_and_geometry)
     placeholder = arguments[0].new_empty(0)
     return tuple(grad if needed else placeholder for grad, needed in zip(gradients, output_mask, strict=True))
@@ -216,6 +233,7 @@ def _fake(
     dilation: Pair,
     groups: int,
     offset_groups: int,
+    allow_tf32: bool = False,
 ) -> Tensor:
     expected = _check(input, offset, weight, bias, stride, padding, dilation, mask)
     check(
@@ -244,6 +262,7 @@ def _fake_backward(
     offset_groups: int,
     output_mask: Sequence[bool],
     deterministic: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         empty_gradient(output_mask[0], input, memory_format(input)),
@@ -264,7 +283,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     output_mask = (needs_input, needs_offset, needs_mask, needs_weight)
     gradients: tuple[Tensor | None, ...] = (None, None, None, None)
     if any(output_mask):
-        settings = (*ctx.settings, output_mask, torch.are_deterministic_algorithms_enabled())
+        *geometry, allow_tf32 = ctx.settings
+        settings = (*geometry, output_mask, torch.are_deterministic_algorithms_enabled(), allow_tf32)
         gradients = _convolve_backward(grad_output, input, offset, mask, weight, *settings)
     grad_input, grad_offset, grad_mask, grad_weight = (
         gradient if needed else None for gradient, needed in zip(gradients, output_mask, strict=True)
@@ -281,6 +301,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         None,  # dilation
         None,  # groups
         None,  # offset_groups
+        None,  # allow_tf32
     )
 
 
@@ -300,7 +321,7 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
     """Map over V calls by one: V times the images if all share weight and bias, else the groups."""
     size = info.batch_size
-    input, offset, mask, weight, bias, *geometry, groups, offset_groups = arguments
+    input, offset, mask, weight, bias, *geometry, groups, offset_groups, allow_tf32 = arguments
     input_dim, offset_dim, mask_dim, weight_dim, bias_dim, *_ = in_dims
     shared = weight_dim is None and bias_dim is None
     fold, dim = (into_batch, 0) if shared else (into_channels, 1)
@@ -312,7 +333,7 @@ def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *a
     if not shared:
         weight, bias = into_batch(size, weight_dim, weight), into_batch(size, bias_dim, bias)
         groups, offset_groups = size * groups, size * offset_groups
-    output = convolve(*images, weight, bias, *geometry, groups, offset_groups)
+    output = convolve(*images, weight, bias, *geometry, groups, offset_groups, allow_tf32)
     return unfold(size, dim, output), dim
 
 
@@ -322,14 +343,14 @@ def _vmap_backward(
     """Do as _vmap does; but a gradient of the weight is one of each of the V calls."""
     size = info.batch_size
     *images, weight = arguments[:5]  # grad_output, input, offset, mask
-    *geometry, groups, offset_groups, output_mask, deterministic = arguments[5:]
+    *geometry, groups, offset_groups, output_mask, deterministic, allow_tf32 = arguments[5:]
     shared = in_dims[4] is None and not output_mask[3]
     fold, dim = (into_batch, 0) if shared else (into_channels, 1)
     images = [fold(size, *image) for image in zip(in_dims[:4], images, strict=True)]
     if not shared:
         weight = into_batch(size, in_dims[4], weight)
         groups, offset_groups = size * groups, size * offset_groups
-    settings = (*geometry, groups, offset_groups, output_mask, deterministic)
+    settings = (*geometry, groups, offset_groups, output_mask, deterministic, allow_tf32)
     gradients = convolve_backward(*images, weight, *settings)
     dims = tuple(d if needed else None for d, needed in zip((dim, dim, dim, 0), output_mask, strict=True))
     gradients = tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True))
