@@ -58,7 +58,7 @@ struct KeptPoint : Fractions<T> {
   T mask;
   uint32_t image, place;
   uint8_t slot;
-  bool valid, is_outside;
+  bool valid;
   uint8_t corners;  // that are pixels, one bit each
 
   KeptPoint() = default;
@@ -69,7 +69,6 @@ struct KeptPoint : Fractions<T> {
         place(point.place),
         slot(slot),
         valid(point.valid),
-        is_outside(point.valid && !point.inside),
         corners(0) {
     bool inside[4];
     corners_inside(point, inside);
@@ -85,7 +84,8 @@ struct WarpSamplesAndPoints : WarpSamples<T> {
   KeptPoint<T> points[kWarp];  // of the lanes
 };
 
-// The sums of four values each over kLanes lanes; those of the lane that has number `lane` among them are one quarter's.
+// The sums of four values each over kLanes lanes; those of the lane that has number `lane` among them are one
+// quarter's.
 template <int kLanes, typename T>
 C10_DEVICE T sum_of_quarter(const T (&values)[4], uint32_t lane, const Threads& threads) {
   const bool high = lane & (kLanes / 2), odd = lane & (kLanes / 4);
@@ -131,17 +131,17 @@ struct Columns {
     auto& own = shared.warps[warp];
     const Point<T> point = tile.locate(patch, lane, offset_group, tap);
     const uint32_t inside = threads.ballot(point.inside), slot = bits_set(inside & ((1u << lane) - 1));
-    if (point.inside) own.put(slot, tile, point, tile.column(point.position, tap));
-    KeptPoint<T> kept(point, slot);
-    if constexpr (kDots) own.points[lane] = kept;
+    const uint32_t column = tile.column(point.position, tap), first_vector = offset_group * tile.offset_group_vectors;
+    if (point.inside) own.put(slot, tile, point, column);
+    if constexpr (kDots) own.points[lane] = KeptPoint<T>(point, slot);
+    if constexpr (kBlend) fill_outside(point, column, first_vector, lane, threads);
     threads.sync_warp();
-    move(own, bits_set(inside), offset_group * tile.offset_group_vectors, lane, threads);
+    move(own, bits_set(inside), first_vector, lane, threads);
     if constexpr (kDots) {
       threads.sync_warp();
-      kept = own.points[lane];
+      const KeptPoint<T> kept = own.points[lane];
       if (kept.valid) write_sampling(kept, own.weights[kept.slot], offset_group, tap);
     }
-    if constexpr (kBlend) fill_outside(kept, offset_group * tile.offset_group_vectors, tap, lane, threads);
   }
 
  private:
@@ -169,8 +169,10 @@ struct Columns {
         }
         columns[u] = own.columns[from];
       }
-      if (sub < tile.offset_group_vectors) move_vectors(first_pixel, first_column, pixels, weights, columns, live, dots);
+      if (sub < tile.offset_group_vectors)
+        move_vectors(first_pixel, first_column, pixels, weights, columns, live, dots);
       if constexpr (!kSingle) {
+#pragma unroll 1
         for (uint32_t c = sub + kLanes; c < tile.offset_group_vectors; c += kLanes) {
           move_vectors(opaque(input + c), opaque(tile.columns + tile.first_column(first_vector + c)), pixels, weights,
                        columns, live, dots);
@@ -227,12 +229,10 @@ struct Columns {
   }
 
   // Samples outside their image are zero, or NaN if the point or the mask is.
-  C10_DEVICE void fill_outside(const KeptPoint<T>& point, uint32_t first_vector, uint32_t tap, uint32_t lane,
+  C10_DEVICE void fill_outside(const Point<T>& point, uint32_t own_column, uint32_t first_vector, uint32_t lane,
                                const Threads& threads) const {
-    uint32_t rest = threads.ballot(point.is_outside);
-    if (!rest) return;
+    uint32_t rest = threads.ballot(point.valid && !point.inside);
     const T own_value = static_cast<T>(0) * point.mask + point.fy;
-    const uint32_t own_column = tile.column(point.image * tile.positions.divisor + point.place - tile.first, tap);
     while (rest) {
       const uint32_t from = lowest_bit(rest);
       rest &= rest - 1;
@@ -255,7 +255,8 @@ struct Columns {
       dot[k] = point.corners >> k & 1 ? dots[k] : 0;
     }
     point.weights(1, weight);
-    const uint64_t plane = (uint64_t{point.image} * tile.offset_groups.divisor + offset_group) * tile.taps.divisor + tap;
+    const uint64_t plane =
+        (uint64_t{point.image} * tile.offset_groups.divisor + offset_group) * tile.taps.divisor + tap;
     const uint64_t positions = tile.positions.divisor;
     if (grad_offset) {
       T* const target = grad_offset + 2 * plane * positions + point.place;

@@ -20,7 +20,10 @@ struct AddToInput {
   using V = Vector<scalar_t, kVector>;
 
   static constexpr uint32_t kWarps = 9, kThreads = kWarps * kWarp, kCorners = 4 * kThreads;
-  static constexpr uint32_t kResident = std::is_same_v<scalar_t, double> ? 2 : 5;
+  static constexpr uint32_t kResident =  // as many as there are without spills
+      sizeof(scalar_t) == 8              ? 2
+      : sizeof(scalar_t) == 2 && kSingle ? 5
+                                         : 4;
   static constexpr uint32_t kSlotRows = 32, kSlotColumns = 64, kSlots = kSlotRows * kSlotColumns, kNone = ~0u;
   static_assert(kSlots > kCorners);
 
@@ -134,12 +137,13 @@ struct AddToInput {
     const uint32_t sub = threads.lane % kLanes, used = shared.used_count;
     if (sub >= tile.offset_group_vectors) return;
     const V* const first_columns = opaque(tile.columns + tile.first_column(first_vector + sub));
-    T* const first_target = opaque(grad_input + (first_vector + sub) * kVector);
+    T* const first_target = grad_input + (first_vector + sub) * kVector;
     for (uint32_t i = threads.index() / kLanes; i < used; i += kThreads / kLanes) {
       const Slot slot = shared.slots[shared.used[i]];
       const uint64_t row = uint64_t{slot.pixel} * tile.in_channels;
       add_corners(shared.corners, slot, first_columns, first_target + row, threads);
       if constexpr (!kSingle) {
+#pragma unroll 1
         for (uint32_t c = sub + kLanes; c < tile.offset_group_vectors; c += kLanes) {
           add_corners(shared.corners, slot, opaque(tile.columns + tile.first_column(first_vector + c)),
                       grad_input + (first_vector + c) * kVector + row, threads);
@@ -178,7 +182,7 @@ template <typename scalar_t, int kVector>
 struct ListCorners {
   using T = compute_t<scalar_t>;
 
-  static constexpr uint32_t kWarps = 8, kResident = 0;
+  static constexpr uint32_t kWarps = 8, kResident = 4;
 
   struct Shared {};
 
@@ -214,7 +218,7 @@ struct AddSortedCorners {
   using T = compute_t<scalar_t>;
   using V = Vector<scalar_t, kVector>;
 
-  static constexpr uint32_t kWarps = 8, kResident = 0, kGroups = kWarp / kLanes;
+  static constexpr uint32_t kWarps = 8, kResident = 4, kGroups = kWarp / kLanes;
 
   struct Shared {};
 

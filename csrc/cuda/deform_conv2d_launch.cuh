@@ -40,7 +40,8 @@ inline bool fits(const ConvGeometry& g, int64_t pixel_stride, int64_t tile_posit
   };
   return product(g.batch, g.height, g.width, std::max(pixel_stride, g.offset_groups)) < kLimit &&
          product(g.batch, g.out_height, g.out_width) < kLimit &&
-         product(tile_positions, g.taps(), g.in_channels) < kLimit && product(tile_positions, position_samples, 4) < kLimit &&
+         product(tile_positions, g.taps(), g.in_channels) < kLimit &&
+         product(tile_positions, position_samples, 4) < kLimit &&
          // with the places that patches leave empty
          product(g.out_height + 4, g.out_width + 8, 1) < kLimit && g.padding_y < kHalf && g.padding_x < kHalf &&
          extent(g.out_height, g.stride_y, g.kernel_height, g.dilation_y) < kHalf &&
@@ -154,8 +155,8 @@ void launch_sample_columns(const Sampling<scalar_t>& s) {
 // Writes the gradients of offset [B, 2*G*K, H_out, W_out] and mask [B, G*K, H_out, W_out], both dense, null where not
 // needed, from the columns' gradient, and puts the samples in its place if `samples`.
 template <typename scalar_t>
-void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_offset,
-                          compute_t<scalar_t>* grad_mask, bool samples) {
+void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_offset, compute_t<scalar_t>* grad_mask,
+                          bool samples) {
   if (!grad_offset && !grad_mask) {
     if (samples) launch_sample_columns(s);
   } else if (samples) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host's twin of csrc/cuda/device.cuh: one block at a time. Its threads are fibers, of which one runs until it waits
-// for others: for its group where they exchange values, for the block at a barrier. Which goes on then is drawn at
-// random, so that a result that depends on it, as where a barrier is missing, changes with the seed. What a GPU does not
-// forgive is an error: an unaligned vector, lanes of a warp that wait for each other at different places.
+// The host's twin of csrc/cuda/device.cuh: one block at a time. Its threads are fibers, of which one runs until it
+// waits for others: for its group where they exchange values, for the block at a barrier. Which goes on then is drawn
+// at random, so that a result that depends on it, as where a barrier is missing, changes with the seed. What a GPU does
+// not forgive is an error: an unaligned vector, lanes of a warp that wait for each other at different places.
 #pragma once
 
 #include <setjmp.h>
@@ -118,7 +118,11 @@ inline uint32_t lowest_bit(uint32_t word) { return std::countr_zero(word); }
 class Fibers {
  public:
   Fibers(uint32_t lanes, uint32_t groups)
-      : lanes_(lanes), groups_(groups), fibers_(lanes * groups), random_(host_seed()), stacks_(new char[fibers_.size() * kStack]) {}
+      : lanes_(lanes),
+        groups_(groups),
+        fibers_(lanes * groups),
+        random_(host_seed()),
+        stacks_(new char[fibers_.size() * kStack]) {}
 
   // Calls body(lane, group) in each thread.
   template <typename Body>
