@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_check_page import combined_charts, page
+from gpu_check_page import combined_charts, page, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / 'benchmarks'
@@ -386,8 +386,9 @@ def main() -> None:
         bench(check, 'deform_conv2d', ['deformops'], 50)
     if 'bench' in args.steps:
         bench(check, 'deform_conv2d', ['variants'], 30)
-    combined_charts(check.write(), check.out)
-    print((check.out / 'gpu-check.md').read_text())
+    record = check.write()
+    combined_charts(record, check.out)
+    print(summary(record))
     unhappy = [step.name for step in check.steps if step.status != 'passed' and not step.name.startswith('deformops')]
     say(f'did not pass: {", ".join(unhappy)}' if unhappy else 'done')
     sys.exit(bool(unhappy))

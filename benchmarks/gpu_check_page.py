@@ -107,36 +107,31 @@ def loaded(record: Record) -> dict[str, Results]:
     return {stem.partition('-cuda')[0]: load(group) for stem, group in record['groups'].items()}
 
 
-def skipped(record: Record, stem: str) -> dict[str, str]:
-    """Give who could not run in a group, and why; not who is just not installed."""
-    for name, group in record['groups'].items():
-        if name.partition('-cuda')[0] == stem:
-            return {k: v for k, v in group['skipped'].items() if not v.startswith('ModuleNotFoundError')}
-    return {}
-
-
 def page(record: Record) -> str:
-    groups = loaded(record)
+    parts = [summary(record), '## Tables\n']
+    for stem, group in record['groups'].items():
+        parts.append(report(load(group), stem, BASELINES[stem.partition('-')[0]]))
+        parts += [f'Without {name}: {reason}\n' for name, reason in group['skipped'].items()]
+    return '\n'.join(parts)
+
+
+def summary(record: Record) -> str:
     parts = [
         f'# mmdcn {record["commit"]} on a GPU\n',
         f'Kernels: {record["kernels"]}. {record["seconds"]:.0f} s in all.\n',
         facts(record),
         '## Goals\n',
-        tabulate(
-            [goal.row(groups) for goal in GOALS],
-            headers=['figure', 'goal', 'seen', ''],
-            tablefmt='github',
-            disable_numparse=True,
-        ),
+        goals_table(record),
         '\nOver several shapes the geometric mean counts, before the figures of each.\n',
     ]
     if record['steps']:
-        parts += ['## Steps\n', steps_table(record['steps']), '', *map(failures, record['steps'])]
-    parts.append('## Tables\n')
-    for stem, results in groups.items():
-        parts.append(report(results, stem, BASELINES[stem.partition('-')[0]]))
-        parts += [f'Without {name}: {reason}\n' for name, reason in skipped(record, stem).items()]
+        parts += ['## Steps\n', steps_table(record['steps']), '', *filter(None, map(failures, record['steps']))]
     return '\n'.join(parts)
+
+
+def goals_table(record: Record) -> str:
+    lines = [goal.row(loaded(record)) for goal in GOALS]
+    return tabulate(lines, headers=['figure', 'goal', 'seen', ''], tablefmt='github', disable_numparse=True)
 
 
 def facts(record: Record) -> str:
