@@ -74,20 +74,13 @@ wheel: $(VENV)/core.stamp
 	@$(BIN)/python -m zipfile -l dist/*.whl | grep -v '\.mim/'
 	@ls -l dist
 
-# On a machine with a GPU: the operator's tests, the memory checkers and the benchmark, on the wheel that `make wheel` left
-# in dist. PYTHON needs a CUDA build of torch, pytest and hypothesis; for the benchmark matplotlib, tabulate and tqdm too.
-GPU_CHECK := build/gpu-check
+# On a machine with a GPU, within 4 minutes: the operators' tests, the memory checkers, the benchmark, a training step, and a
+# page with all of it in build/gpu-check-results. It takes the wheel that `make wheel` left in dist, or the folder GPU_CHECK_SITE
+# with mmdcn in it. PYTHON needs CUDA builds of torch and torchvision, pytest, pytest-xdist, hypothesis, matplotlib, tabulate
+# and tqdm. GPU_CHECK_PEERS is a folder with the wheel of deformops, and may be absent.
+GPU_CHECK_PEERS ?= .whl
 gpu-check:
-	$(PYTHON) -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())'
-	rm -rf $(GPU_CHECK) && mkdir -p $(GPU_CHECK)
-	$(PYTHON) -m pip install --no-deps --target $(GPU_CHECK) dist/*.whl
-	cp -r tests pyproject.toml $(GPU_CHECK)
-	cd $(GPU_CHECK) && $(PYTHON) -m pytest -k cuda $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_compile.py roi_pool.py)
-	cd $(GPU_CHECK) && for tool in memcheck racecheck synccheck initcheck; do \
-	  echo "== $$tool ==" && compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(PYTHON) -m pytest -k 'cuda and (everything or several)' tests/test_deform_conv2d.py tests/test_deform_roi_pool.py; done
-	for operator in deform_conv2d deform_roi_pool; do \
-	  PYTHONPATH=$(GPU_CHECK) $(PYTHON) benchmarks/run.py $$operator --device cuda --cases all; done
+	$(PYTHON) benchmarks/gpu_check.py $(if $(GPU_CHECK_SITE),--site $(GPU_CHECK_SITE)) --peers $(GPU_CHECK_PEERS) $(GPU_CHECK_OPTIONS)
 
 setup: $(VENV)/core.stamp
 

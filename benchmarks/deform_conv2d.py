@@ -13,8 +13,9 @@ from torch import Tensor
 
 import mmdcn
 
-PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'onnxruntime', 'openvino', 'torchvision')
+PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'onnxruntime', 'openvino', 'torchvision', 'deformops')
 BASELINE = 'conv2d'
+WALL_GROUPS = ('batch-1',)  # so short that the host's time is most of theirs
 Call = Callable[[], object]
 Build = Callable[[], Call]
 
@@ -34,6 +35,8 @@ class Case:
     offset_groups: int = 1
     mask: bool = True
     dtype: torch.dtype = torch.float32
+    offset_dtype: torch.dtype | None = None  # of offset and mask; None: dtype
+    deformops: bool = False  # which tries 40 configurations for each shape before its first result
 
 
 # The 3x3 convolutions of ResNet-50's stages at an image of 800 x 1344 pixels.
@@ -56,6 +59,11 @@ def stages(name: str, **changes: Any) -> tuple[Case, ...]:
     return tuple(replace(stage, name=f'{stage.name} {name}', **changes) for stage in STAGES)
 
 
+def low(dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
+    """Give the types of a low-precision layer on a GPU, whose offsets stay float32."""
+    return {'dtype': dtype, 'offset_dtype': torch.float32, **changes}
+
+
 CASES = {
     'cpu': {
         'stages': STAGES,
@@ -65,9 +73,11 @@ CASES = {
     },
     'cuda': {
         'stages': stages('fp32', batch=16),
-        'fp16': stages('fp16', batch=16, dtype=torch.float16),
-        'bf16': stages('bf16', batch=16, dtype=torch.bfloat16),
+        'fp16': stages('fp16', **low(torch.float16, batch=16)),
+        'bf16': stages('bf16', **low(torch.bfloat16, batch=16)),
+        'batch-1': stages('fp16 batch 1', **low(torch.float16, batch=1)),
         'variants': VARIANTS,
+        'deformops': stages('bf16', **low(torch.bfloat16, batch=16, deformops=True)),
     },
 }
 
@@ -92,6 +102,21 @@ class Inputs:
             weight=self.weight.contiguous(memory_format=torch.channels_last),
         )
 
+    def one_type(self) -> 'Inputs':
+        """The same with offsets and mask in the type of the image, for who takes no other."""
+        mask = None if self.mask is None else self.mask.to(self.input.dtype)
+        return replace(self, offset=self.offset.to(self.input.dtype), mask=mask)
+
+    def channels_inside(self) -> 'Inputs':
+        """The same as [B, H, W, C], [B, H_out, W_out, G, K, 2], the weight as it is, and [B, H_out, W_out, G, K]."""
+
+        def inside(tensor: Tensor, *inner: int) -> Tensor:
+            return tensor.movedim(1, -1).unflatten(-1, (self.offset_groups, -1, *inner)).contiguous()
+
+        image = self.input.movedim(1, -1).contiguous()
+        mask = None if self.mask is None else inside(self.mask)
+        return replace(self, input=image, offset=inside(self.offset, 2), mask=mask)
+
     def leaves(self) -> 'Inputs':
         """Copies that require gradients."""
 
@@ -106,10 +131,11 @@ def make_inputs(case: Case, device: str) -> Inputs:
     torch.manual_seed(0)
     taps, size = case.kernel**2, (case.height, case.width)
     options: dict[str, Any] = dict(device=device, dtype=case.dtype)
-    mask = torch.rand(case.batch, case.offset_groups * taps, *size, **options) if case.mask else None
+    places: dict[str, Any] = dict(device=device, dtype=case.offset_dtype or case.dtype)
+    mask = torch.rand(case.batch, case.offset_groups * taps, *size, **places) if case.mask else None
     return Inputs(
         torch.randn(case.batch, case.channels, *(case.stride * n for n in size), **options),
-        torch.randn(case.batch, case.offset_groups * 2 * taps, *size, **options),
+        torch.randn(case.batch, case.offset_groups * 2 * taps, *size, **places),
         torch.randn(case.channels, case.channels // case.groups, case.kernel, case.kernel, **options) * 0.02,
         mask,
         case.stride,
@@ -140,6 +166,14 @@ def torchvision_deform_conv2d(x: Inputs) -> Tensor:
     from torchvision.ops import deform_conv2d
 
     return deform_conv2d(x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask)
+
+
+def deformops_deform_conv2d(x: Inputs) -> Tensor:
+    """Compute it with the Triton kernels of deformops, from `Inputs.channels_inside`."""
+    from deformops.registry import conv
+
+    geometry = dict(stride=x.stride, padding=x.padding, groups=x.groups, offset_groups=x.offset_groups)
+    return conv(x.input, x.offset, x.weight, mask=x.mask, **geometry)
 
 
 def reference_deform_conv2d(x: Inputs) -> Tensor:
@@ -206,41 +240,58 @@ def openvino_request(x: Inputs) -> Call:
     return lambda: request.infer(feeds, share_inputs=True)
 
 
-PEERS = {
-    'mmcv': mmcv_deform_conv2d,
-    'torchvision': torchvision_deform_conv2d,
-    'reference': reference_deform_conv2d,
-}
+Candidate = tuple[Callable[[Inputs], Tensor], Inputs]
+
+
+def common_candidates(case: Case, device: str) -> dict[str, Candidate]:
+    """Give the functions, each with its inputs, whose forward and backward can be measured."""
+    x = make_inputs(case, device)
+    y = x.channels_last()
+    candidates = {
+        'conv2d': (conv2d, x),
+        'conv2d channels_last': (conv2d, y),
+        'mmdcn': (mmdcn_deform_conv2d, x),
+        'mmdcn channels_last': (mmdcn_deform_conv2d, y),
+        'mmcv': (mmcv_deform_conv2d, x.one_type()),
+        'torchvision': (torchvision_deform_conv2d, x.one_type()),
+    }
+    if device == 'cpu':
+        candidates['reference'] = (reference_deform_conv2d, x)
+    if case.deformops:
+        candidates['deformops'] = (deformops_deform_conv2d, x.channels_inside())
+    return candidates
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
     """Give what builds each candidate's call."""
-    x = make_inputs(case, device)
-    y = x.channels_last()
-    candidates: dict[str, Build] = {
-        'conv2d': lambda: partial(conv2d, x),
-        'conv2d channels_last': lambda: partial(conv2d, y),
-        'mmdcn': lambda: partial(mmdcn_deform_conv2d, x),
-        'mmdcn channels_last': lambda: partial(mmdcn_deform_conv2d, y),
-    }
-    for name, function in PEERS.items():
-        candidates[name] = partial(partial, function, x)
+    candidates = common_candidates(case, device)
+    builds: dict[str, Build] = {name: partial(partial, *candidate) for name, candidate in candidates.items()}
     if device == 'cpu' and case.dtype == torch.float32:
-        candidates['onnxruntime'] = partial(onnxruntime_session, x)
-        candidates['openvino'] = partial(openvino_request, x)
-    return candidates
+        _, x = candidates['conv2d']
+        builds['onnxruntime'] = partial(onnxruntime_session, x)
+        builds['openvino'] = partial(openvino_request, x)
+    return builds
 
 
 def training_candidates(case: Case, device: str) -> dict[str, Build]:
     """Likewise, forward and backward with the gradients of every tensor."""
-    x = make_inputs(case, device)
-    candidates: dict[str, Build] = {}
-    for name, function in {'conv2d': conv2d, 'mmdcn': mmdcn_deform_conv2d}.items():
-        for suffix, inputs in (('', x), (' channels_last', x.channels_last())):
-            candidates[name + suffix] = partial(training_call, function, inputs)
-    for name, function in PEERS.items():
-        candidates[name] = partial(training_call, function, x)
-    return candidates
+    candidates = common_candidates(case, device)
+    builds: dict[str, Build] = {name: partial(training_call, *candidate) for name, candidate in candidates.items()}
+    if device == 'cuda':
+        candidate = candidates['mmdcn channels_last']
+        builds['mmdcn channels_last, deterministic'] = lambda: deterministic(training_call(*candidate))
+    return builds
+
+
+def deterministic(call: Call) -> Call:
+    def run() -> object:
+        torch.use_deterministic_algorithms(True)
+        try:
+            return call()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return run
 
 
 def training_call(function: Callable[[Inputs], Tensor], x: Inputs) -> Call:

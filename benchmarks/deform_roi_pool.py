@@ -13,6 +13,7 @@ import mmdcn
 
 PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'torchvision')
 BASELINE = 'roi_align'
+WALL_GROUPS = ()
 Call = Callable[[], object]
 Build = Callable[[], Call]
 

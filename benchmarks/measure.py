@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -33,12 +34,20 @@ class Measurement:
     @property
     def spread(self) -> float:
         """Half the range between the quartiles, as a share of the median."""
+        if len(self.seconds) == 1:
+            return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
 
 
-def measure(candidates: dict[str, Call], device: str, repeats: int, memory: bool = True) -> dict[str, Measurement]:
-    """Run each candidate once to warm up, then all of them in turn, `repeats` times over."""
+def measure(
+    candidates: dict[str, Call], device: str, repeats: int, memory: bool = True, wall: bool = False
+) -> dict[str, Measurement]:
+    """Run each candidate once to warm up, then all of them in turn, `repeats` times over.
+
+    On a GPU its own clock is read, or with `wall` that of the host.
+    """
+    timer = time_events if device == 'cuda' and not wall else partial(time_once, device=device)
     warm_ups = {name: time_once(call, device) for name, call in candidates.items()}
     peaks = {name: peak_memory(call, device) if memory else None for name, call in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -48,7 +57,7 @@ def measure(candidates: dict[str, Call], device: str, repeats: int, memory: bool
                 time.sleep(SETTLE_SECONDS)
                 if warm_ups[name] < LONG_SECONDS:
                     call()  # wakes its own threads, which then have a core each
-            seconds[name].append(time_once(call, device))
+            seconds[name].append(timer(call))
     return {name: Measurement(seconds[name], peaks[name]) for name in candidates}
 
 
@@ -58,6 +67,17 @@ def time_once(call: Call, device: str) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def time_events(call: Call) -> float:
+    """Measure from when an idle GPU could begin until it is done: where it waits for the host, that counts."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def synchronize(device: str) -> None:
@@ -111,7 +131,9 @@ def machine(device: str, packages: tuple[str, ...]) -> dict[str, str]:
         'system': f'{platform.system()} {platform.machine()}, Python {platform.python_version()}',
     }
     if device == 'cuda':
-        facts['gpu'] = f'{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}'
+        facts['gpu'] = (
+            f'{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}'
+        )
     for package in packages:
         try:
             facts[package] = metadata.version(package)

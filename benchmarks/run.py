@@ -5,8 +5,12 @@ import argparse
 import importlib
 import json
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import matplotlib
 
@@ -18,6 +22,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 Row = dict[str, Measurement]
+Results = dict[str, dict[str, Row]]  # by mode and case
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on the CPU')
     parser.add_argument('--repeats', type=int, default=7, help='how often each candidate is timed')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'), help='folder for results')
+    parser.add_argument('--stored', type=Path, nargs='+', help='print and plot these results, and measure nothing')
     return parser.parse_args()
 
 
@@ -40,8 +46,13 @@ def usable(candidates: dict[str, Callable[[], Call]], skipped: dict[str, str]) -
             calls[name]()
         except (ImportError, NotImplementedError, RuntimeError) as error:
             calls.pop(name, None)
-            skipped[name] = str(error).splitlines()[0][:100]
+            skipped.setdefault(name, f'{type(error).__name__}: {error}'.splitlines()[0][:200])
     return calls
+
+
+def base_of(row: Row, baseline: str) -> float:
+    """Give the better of the baseline's layouts."""
+    return min((m.median for name, m in row.items() if name.startswith(baseline)), default=math.nan)
 
 
 def table(rows: dict[str, Row], baseline: str) -> str:
@@ -50,14 +61,16 @@ def table(rows: dict[str, Row], baseline: str) -> str:
     lines = []
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for case, row in rows.items():
-        base = min(m.median for name, m in row.items() if name.startswith(baseline))
+        base = base_of(row, baseline)
         cells = [case]
         for name in names:
             if name not in row:
                 cells.append('')
                 continue
             ratios[name].append(row[name].median / base)
-            cells.append(f'{ratios[name][-1]:.2f} ({row[name].median * 1e3:.1f} ms ±{row[name].spread:.0%})')
+            milliseconds = row[name].median * 1e3
+            digits = 1 if milliseconds >= 10 else 2 if milliseconds >= 1 else 3
+            cells.append(f'{ratios[name][-1]:.2f} ({milliseconds:.{digits}f} ms ±{row[name].spread:.0%})')
         lines.append(cells)
     complete = {name: values for name, values in ratios.items() if len(values) == len(rows)}
     means = [f'{math.prod(complete[n]) ** (1 / len(rows)):.2f}' if n in complete else '' for n in names]
@@ -76,62 +89,110 @@ def memory_table(rows: dict[str, Row]) -> str:
     return tabulate(lines, headers=['peak MiB', *names], tablefmt='github', disable_numparse=True)
 
 
-def chart(results: dict[str, dict[str, Row]], baseline: str, title: str, path: Path) -> None:
-    figure, axes = plt.subplots(1, len(results), figsize=(7 * len(results), 4.5), squeeze=False)
-    for ax, (mode, rows) in zip(axes.flat, results.items(), strict=True):
-        names = list(dict.fromkeys(name for row in rows.values() for name in row))
-        for i, name in enumerate(names):
-            heights = []
-            for row in rows.values():
-                base = min(m.median for n, m in row.items() if n.startswith(baseline))
-                heights.append(row[name].median / base if name in row else 0)
-            places = [j + i * 0.8 / len(names) for j in range(len(rows))]
-            bars = ax.bar(places, heights, 0.8 / len(names), label=name)
-            ax.bar_label(bars, [f'{h:.2g}' if h else '' for h in heights], fontsize=6, rotation=90, padding=2)
-        ax.set_xticks([j + 0.4 for j in range(len(rows))], list(rows))
-        ax.set_yscale('log')
-        ax.axhline(1, color='black', lw=0.8)
-        ax.set_ylim(top=ax.get_ylim()[1] * 2)
-        ax.set_title(mode)
-        ax.set_ylabel(f'time / {baseline} (log)')
-    axes.flat[0].legend(fontsize=7)
+def report(results: Results, title: str, baseline: str) -> str:
+    """Give both tables of each mode that has results."""
+    parts = []
+    for mode, rows in results.items():
+        if rows:
+            parts.append(f'{title}, {mode}: time / {baseline}\n\n{table(rows, baseline)}\n\n{memory_table(rows)}\n')
+    return '\n'.join(parts)
+
+
+def chart(groups: dict[str, Results], baseline: str, title: str, path: Path) -> None:
+    """Draw a row of plots for each group of cases, a column for each mode."""
+    columns = max(len(results) for results in groups.values())
+    size = (7 * columns, 4.5 * len(groups))
+    figure, grid = plt.subplots(len(groups), columns, figsize=size, squeeze=False)
+    for axes, (group, results) in zip(grid, groups.items(), strict=True):
+        for ax, (mode, rows) in zip(axes, results.items(), strict=False):
+            bars(ax, rows, baseline)
+            ax.set_title(f'{group}, {mode}')
+        axes[0].legend(fontsize=7)
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120 if len(groups) == 1 else 60)
+    plt.close(figure)
+
+
+def bars(ax: plt.Axes, rows: dict[str, Row], baseline: str) -> None:
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    for i, name in enumerate(names):
+        heights = [row[name].median / base_of(row, baseline) if name in row else 0 for row in rows.values()]
+        places = [j + i * 0.8 / len(names) for j in range(len(rows))]
+        drawn = ax.bar(places, heights, 0.8 / len(names), label=name)
+        ax.bar_label(drawn, [f'{h:.2g}' if h else '' for h in heights], fontsize=6, rotation=90, padding=2)
+    ax.set_xticks([j + 0.4 for j in range(len(rows))], list(rows))
+    ax.set_yscale('log')
+    ax.axhline(1, color='black', lw=0.8)
+    ax.set_ylim(top=ax.get_ylim()[1] * 2)
+    ax.set_ylabel(f'time / {baseline} (log)')
+
+
+def load(record: dict[str, Any]) -> Results:
+    """Give the measurements of what `write` wrote."""
+    return {
+        mode: {case: {name: Measurement(**m) for name, m in row.items()} for case, row in rows.items()}
+        for mode, rows in record['results'].items()
+    }
+
+
+def write(facts: dict[str, str], results: Results, skipped: dict[str, str], path: Path) -> None:
+    """Replace the file at once, so that who is stopped leaves the last whole one."""
+    stored = {
+        mode: {case: {name: vars(m) for name, m in row.items()} for case, row in rows.items()}
+        for mode, rows in results.items()
+    }
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps({'machine': facts, 'skipped': skipped, 'results': stored}, indent=1))
+    part.replace(path)
+
+
+def measure_group(
+    operator: ModuleType, group: str, args: argparse.Namespace, facts: dict[str, str], path: Path
+) -> dict[str, str]:
+    """Measure every mode and case of a group into a file; give who could not run, and why."""
+    modes = {'forward': operator.forward_candidates, 'forward + backward': operator.training_candidates}
+    results: Results = {mode: {} for mode in modes}
+    skipped: dict[str, str] = {}
+    wall = args.device == 'cpu' or group in operator.WALL_GROUPS
+    facts = {**facts, 'clock': "the host's" if wall else "the GPU's"}
+    work = [(mode, case) for mode in modes for case in operator.CASES[args.device][group]]
+    for mode, case in tqdm(work, desc=group, unit='case'):
+        calls = usable(modes[mode](case, args.device), skipped)
+        results[mode][case.name] = measure(calls, args.device, args.repeats, wall=wall)
+        write(facts, results, skipped, path)
+    print(f'\n{report(results, args.operator, operator.BASELINE)}', flush=True)
+    for name, reason in skipped.items():
+        print(f'skipped {name}: {reason}', flush=True)
+    return skipped
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
     operator = importlib.import_module(args.operator)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in args.stored or []:
+        results = load(json.loads(path.read_text()))
+        print(report(results, path.stem, operator.BASELINE))
+        chart({path.stem: results}, operator.BASELINE, args.operator, args.out / f'{path.stem}.png')
+    if args.stored:
+        return
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # else cuBLAS has no deterministic sums
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True  # the plain convolution as its users have it
     cases = operator.CASES[args.device]
     groups = list(cases) if args.cases == ['all'] else args.cases or list(cases)[:1]
     facts = machine(args.device, operator.PACKAGES)
     print(tabulate(facts.items(), tablefmt='github'), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    modes = {'forward': operator.forward_candidates, 'forward + backward': operator.training_candidates}
     skipped: dict[str, str] = {}
     for group in groups:
-        results: dict[str, dict[str, Row]] = {mode: {} for mode in modes}
-        work = [(mode, case) for mode in modes for case in cases[group]]
-        for mode, case in tqdm(work, desc=group, unit='case'):
-            calls = usable(modes[mode](case, args.device), skipped)
-            results[mode][case.name] = measure(calls, args.device, args.repeats)
-        for mode, rows in results.items():
-            print(f'\n{args.operator}, {mode}: time / {operator.BASELINE}\n\n{table(rows, operator.BASELINE)}')
-            print(f'\n{memory_table(rows)}', flush=True)
         name = f'{args.operator}-{group}-{args.device}-{args.threads}'
-        record = {
-            'machine': facts,
-            'results': {
-                mode: {case: {n: vars(m) for n, m in row.items()} for case, row in rows.items()}
-                for mode, rows in results.items()
-            },
-        }
-        (args.out / f'{name}.json').write_text(json.dumps(record, indent=1))
-        chart(results, operator.BASELINE, f'{args.operator} ({group})', args.out / f'{name}.png')
-    for name, reason in skipped.items():
-        print(f'skipped {name}: {reason}')
+        path = args.out / f'{name}.json'
+        skipped |= measure_group(operator, group, args, facts, path)
+        results = load(json.loads(path.read_text()))
+        chart({group: results}, operator.BASELINE, args.operator, path.with_suffix('.png'))
+    if any(name.startswith('mmdcn') for name in skipped):
+        sys.exit('mmdcn itself could not run, see above')
 
 
 if __name__ == '__main__':

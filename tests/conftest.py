@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,15 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == 'cuda' and not torch.cuda.is_available():
         pytest.skip('torch finds no CUDA device')
     return request.param
+
+
+def pytest_runtest_logfinish() -> None:
+    """Let pytest-xdist replace a worker whose GPU context is lost, for in it every other test would fail too."""
+    if 'PYTEST_XDIST_WORKER' in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test, sanitize and measure mmdcn on a GPU within minutes, and say on one page which goals it meets.
+
+Each step is a process of its own with a limit; none stops the others. What is known is written every few seconds.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_check_page import combined_charts, page, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / 'benchmarks'
+STEPS = ('tests', 'sanitize', 'bench', 'resnet')
+TOOLS = ('memcheck', 'racecheck', 'synccheck', 'initcheck')
+RESERVE = 12  # seconds that the page and the charts take
+POLL_SECONDS = 0.5
+REPORT_SECONDS = 5
+LOG_BYTES = 150_000  # of each step
+FAILURES = 100  # named on the page, of each step
+OUTCOME = '(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)'
+TEST_RESULT = re.compile(rf'\[gw\d+\] \[ *\d+%\] {OUTCOME} (tests/.*)|(tests/\S.*?) {OUTCOME}\b')  # with xdist; without
+PROBE = """
+import torch, mmdcn
+from mmdcn.ops import deform_conv2d
+torch.manual_seed(0)
+call = torch.randn(2, 64, 9, 8), torch.randn(2, 18, 7, 6), torch.randn(64, 64, 3, 3)
+expected = deform_conv2d(*call)
+got = deform_conv2d(*(tensor.cuda() for tensor in call)).cpu()
+print(f'torch {torch.__version__}, {torch.cuda.get_device_name()}, {mmdcn.__file__}, max difference to the CPU '
+      f'{(got - expected).abs().max():.1e} of {expected.abs().max():.1e}')
+"""
+
+
+@dataclass
+class Step:
+    """A process, its limit and what it said."""
+
+    name: str
+    command: list[str]
+    limit: float  # seconds
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: Path = ROOT
+    quiet: Callable[[str], bool] = lambda line: False  # lines that are not kept
+    status: str = 'not started'
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)  # of tests, by outcome
+    failures: list[str] = field(default_factory=list)
+    tail: list[str] = field(default_factory=list)
+    logged: int = 0
+    process: subprocess.Popen | None = None
+    reader: threading.Thread | None = None
+    started: float = 0.0
+
+    def start(self, log: Path) -> None:
+        say(f'{self.name}: started, at most {self.limit:.0f} s')
+        self.started, self.status = time.monotonic(), 'running'
+        env = {**os.environ, 'PYTHONUNBUFFERED': '1', **self.env}
+        options: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.cwd, env=env, start_new_session=True, text=True, errors='replace', **options
+            )
+        except OSError as error:
+            self.status = f'not started: {error}'
+            say(f'{self.name}: {self.status}')
+            return
+        self.reader = threading.Thread(target=self.read, args=(log,), daemon=True)
+        self.reader.start()
+
+    def read(self, log: Path) -> None:
+        """Keep what the process says, and count its tests."""
+        assert self.process is not None and self.process.stdout is not None
+        with log.open('a') as file:
+            for line in self.process.stdout:
+                line = line.rstrip()
+                result = TEST_RESULT.match(line)
+                if result:
+                    outcome, test = result[1] or result[4], result[2] or result[3]
+                    self.counts[outcome.lower()] = self.counts.get(outcome.lower(), 0) + 1
+                    if outcome in ('FAILED', 'ERROR'):
+                        self.fail(test)
+                if self.quiet(line) or self.logged > LOG_BYTES:
+                    continue
+                self.tail = [*self.tail[-39:], line[:400]]
+                self.logged += file.write(f'{self.name}| {line[:1000]}\n')
+                file.flush()
+
+    def fail(self, what: str) -> None:
+        if what not in self.failures and len(self.failures) < FAILURES:
+            self.failures.append(what)
+            say(f'{self.name}: FAILED {what}')
+
+    def done(self) -> bool:
+        """Stop the process if it is late; say whether it has ended."""
+        if self.process is None:
+            return True
+        late = time.monotonic() - self.started > self.limit
+        if not late and self.process.poll() is None:
+            return False
+        kill(self.process)
+        code = self.process.wait()
+        assert self.reader is not None
+        self.reader.join(5)
+        self.seconds = time.monotonic() - self.started
+        if late:
+            self.status = f'late: stopped after {self.seconds:.0f} s'
+        else:
+            self.status = 'passed' if code == 0 else f'failed with status {code}'
+        say(f'{self.name}: {self.status}, {self.seconds:.1f} s {self.progress()}')
+        if self.status != 'passed':
+            print('\n'.join(f'    {line}' for line in self.tail[-6:]), flush=True)
+        self.process = None
+        return True
+
+    def progress(self) -> str:
+        return ', '.join(f'{count} {outcome}' for outcome, count in self.counts.items())
+
+
+BEGAN = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f'[{time.monotonic() - BEGAN:5.1f} s] {text}', flush=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+class Check:
+    """What has been done so far, in an output folder."""
+
+    def __init__(self, args: argparse.Namespace, site: Path) -> None:
+        self.args, self.site, self.work = args, site, args.work.resolve()
+        self.out = args.out.resolve()
+        self.results = self.work / 'results'
+        self.results.mkdir(parents=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = self.out / 'gpu-check.log'
+        self.log.write_text('')
+        self.steps: list[Step] = []
+        self.triton_cache = self.work / 'triton'
+        self.peers = unpacked_peers(args.peers, self.work / 'peers')
+        path = [str(site), *map(str, self.peers), os.environ.get('PYTHONPATH', '')]
+        self.env = {
+            'PYTHONPATH': os.pathsep.join(filter(None, path)),
+            'MMDCN_CUDA_KERNELS': os.environ.get('MMDCN_CUDA_KERNELS', 'new'),
+            'TRITON_CACHE_DIR': str(self.triton_cache),
+        }
+
+    def left(self) -> float:
+        return self.args.limit - RESERVE - (time.monotonic() - BEGAN)
+
+    def run(self, *steps: Step) -> None:
+        """Run steps side by side, each for as long as it and all of them may take."""
+        for step in steps:
+            self.steps.append(step)
+            step.env = {**self.env, **step.env}
+            step.limit = min(step.limit, self.left())
+            if step.limit < 3:
+                step.status = 'not run: no time left'
+                say(f'{step.name}: {step.status}')
+            else:
+                step.start(self.log)
+        running, said = list(steps), time.monotonic()
+        try:
+            while running:
+                time.sleep(POLL_SECONDS)
+                running = [step for step in running if not step.done()]
+                if running and time.monotonic() - said > REPORT_SECONDS:
+                    said = time.monotonic()
+                    say('; '.join(f'{step.name} {step.progress()}'.strip() for step in running))
+                    self.write()
+        finally:
+            for step in running:
+                if step.process is not None:
+                    kill(step.process)
+            self.write()
+
+    def write(self) -> dict[str, Any]:
+        """Write all that is known: the figures as JSON, and the page."""
+        keys = ('name', 'status', 'seconds', 'counts', 'failures')
+        steps = [{key: getattr(step, key) for key in keys} | self.last_words(step) for step in self.steps]
+        record = {
+            'commit': self.args.commit,
+            'kernels': self.env['MMDCN_CUDA_KERNELS'],
+            'seconds': round(time.monotonic() - BEGAN, 1),
+            'steps': steps,
+            'groups': {path.stem: json.loads(path.read_text()) for path in sorted(self.results.glob('*.json'))},
+        }
+        (self.out / 'gpu-check.part').write_text(json.dumps(record, separators=(',', ':')))
+        (self.out / 'gpu-check.part').replace(self.out / 'gpu-check.json')
+        (self.out / 'gpu-check.md').write_text(page(record))
+        return record
+
+    def last_words(self, step: Step) -> dict[str, list[str]]:
+        ended_well = step.status in ('passed', 'running')
+        return {'tail': [] if ended_well else step.tail[-12:]}
+
+
+def unpacked(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def find_site(site: Path | None, work: Path) -> Path:
+    """Give the folder with mmdcn: the one that is named, or what is in the wheel that `make wheel` left in dist."""
+    if site is not None:
+        if not list(site.glob('mmdcn/_C_cuda*.so')):
+            raise SystemExit(f'--site {site} must hold mmdcn/_C_cuda.abi3.so, the CUDA library; it does not')
+        return site.resolve()
+    wheels = list((ROOT / 'dist').glob('mmdcn-*.whl'))
+    if len(wheels) != 1:
+        raise SystemExit(f'dist must hold one wheel of mmdcn, it holds {len(wheels)}: run `make wheel`, or name --site')
+    return unpacked(wheels[0], work / 'site')
+
+
+def unpacked_peers(folder: Path | None, target: Path) -> list[Path]:
+    """Unpack the wheels of a folder; without any, it is taken for one with packages."""
+    if folder is None or not folder.is_dir():
+        return []
+    wheels = sorted(folder.glob('*.whl'))
+    for wheel in wheels:
+        unpacked(wheel, target)
+    return [target if wheels else folder.resolve()]
+
+
+def python(*arguments: object) -> list[str]:
+    return [sys.executable, *map(str, arguments)]
+
+
+def test_step(work: Path, limit: float) -> Step:
+    """Run the CUDA tests of all operators; a process that hangs or has lost its GPU does not take the others along."""
+    options = ['-vv', '-p', 'no:cacheprovider', '--tb=short', '--continue-on-collection-errors', '-k', 'cuda']
+    if importlib.util.find_spec('xdist'):
+        options += ['-n', '8', '--dist', 'worksteal', '--max-worker-restart', '40']
+    if importlib.util.find_spec('pytest_timeout'):
+        options += ['--timeout', '60', '--timeout-method', 'thread']
+    tests = sorted(f'tests/{path.name}' for path in (work / 'tests').glob('test_deform_*.py'))
+    env = {'OMP_NUM_THREADS': '2', 'TORCHINDUCTOR_COMPILE_THREADS': '1'}
+    return Step('tests', python('-m', 'pytest', *options, *tests), limit, env, work, uninteresting)
+
+
+def uninteresting(line: str) -> bool:
+    """Leave out of the log that a test starts or passes."""
+    return ' PASSED ' in line or ' SKIPPED ' in line or line.startswith('tests/') or not line
+
+
+def sanitizer_steps(work: Path, limit: float, expression: str) -> list[Step]:
+    program = shutil.which('compute-sanitizer') or '/usr/local/cuda/bin/compute-sanitizer'
+    steps = []
+    for tool in TOOLS:
+        options = [
+            '--tool',
+            tool,
+            '--error-exitcode',
+            '1',
+            '--log-file',
+            str(work / f'{tool}.log'),
+            '--print-limit',
+            '50',
+        ]
+        if tool == 'memcheck':
+            options += ['--report-api-errors', 'no']  # torch asks for what may fail
+        if tool != 'initcheck':  # which must see all that is written
+            options += ['--kernel-regex', 'kns=mmdcn']
+        pytest = python('-m', 'pytest', '-vv', '-p', 'no:cacheprovider', '--tb=short', '-k', expression)
+        tests = ('tests/test_deform_conv2d.py', 'tests/test_deform_roi_pool.py')
+        # Memory that torch keeps for later looks allocated and initialised to the tools.
+        env = {'PYTORCH_NO_CUDA_MEMORY_CACHING': '1', 'OMP_NUM_THREADS': '1'}
+        steps.append(Step(tool, [program, *options, *pytest, *tests], limit, env, work, uninteresting))
+    return steps
+
+
+def read_sanitizer(step: Step, log: Path) -> None:
+    """Tell errors in mmdcn's kernels, which fail the step, from those in others, which torch answers for."""
+    if not log.is_file():
+        return
+    ours, others = sanitizer_errors(log.read_text(errors='replace'))
+    step.counts['errors in mmdcn'], step.counts['errors elsewhere'] = len(ours), len(others)
+    for error in ours:
+        step.fail(error)
+    step.tail += [f'elsewhere: {error}' for error in others[:5]]
+    tests_passed = step.counts.get('passed', 0) > 0 and not any(step.counts.get(k) for k in ('failed', 'error'))
+    if step.status == 'failed with status 1' and tests_passed and not ours:
+        step.status = 'passed'
+
+
+def sanitizer_errors(log: str) -> tuple[list[str], list[str]]:
+    """Give the reports of compute-sanitizer's log that name a kernel of mmdcn, and the others, each in one line."""
+    ours, others = [], []
+    for block in re.split(r'^=========\s*$', log, flags=re.MULTILINE):
+        lines = [line.removeprefix('=========').strip() for line in block.splitlines()]
+        lines = [
+            line for line in lines if line and not re.match(r'COMPUTE-SANITIZER|\w+ SUMMARY|Target application', line)
+        ]
+        if lines:
+            text = ' | '.join(lines[:4])[:300]
+            (ours if any('mmdcn::' in line for line in lines) else others).append(text)
+    return ours, others
+
+
+def deformops_steps(limit: float) -> list[Step]:
+    """Compile deformops' kernels beside the tests: a minute that the GPU need not wait for."""
+    command = python(BENCHMARKS / 'check_deformops.py')
+    return [Step(f'deformops {stage}', [*command, str(i)], limit) for i, stage in enumerate(('c3', 'c4', 'c5'))]
+
+
+def bench(check: Check, operator: str, groups: list[str], limit: float) -> None:
+    """Measure the groups in one process, and go on behind a group that ends it."""
+    end = time.monotonic() + limit
+    while groups and end - time.monotonic() > 3:
+        name = f'bench {operator} {" ".join(groups)}'
+        command = python(BENCHMARKS / 'run.py', operator, '--device', 'cuda', '--cases', *groups)
+        step = Step(name, [*command, '--repeats', '11', '--out', str(check.results)], end - time.monotonic())
+        step.quiet = lambda line: 'case/s' in line or 's/case' in line
+        check.run(step)
+        groups = [group for group in groups if not list(check.results.glob(f'{operator}-{group}-*.png'))][1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS, help='what to do')
+    parser.add_argument(
+        '--site', type=Path, help='folder with mmdcn, its CUDA library included; none: the wheel in dist'
+    )
+    parser.add_argument('--peers', type=Path, help='folder with the wheel of deformops, or with the package')
+    parser.add_argument('--limit', type=float, default=235, help='seconds for everything')
+    parser.add_argument('--work', type=Path, default=Path('build/gpu-check'), help='folder for what is not kept')
+    parser.add_argument('--out', type=Path, default=Path('build/gpu-check-results'), help='folder for the results')
+    parser.add_argument('--commit', default=commit(), help='what is checked, for the page')
+    parser.add_argument(
+        '--sanitize',
+        default='cuda and test_output_and_every_gradient and (float32 or bfloat16) and '
+        '(everything or several or fused)',
+        help='tests for the sanitizers, as of pytest -k',
+    )
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))  # the steps with it, see Check.run
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
+    check = Check(args, find_site(args.site, args.work.resolve()))
+    shutil.copytree(ROOT / 'tests', check.work / 'tests', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copy(ROOT / 'pyproject.toml', check.work)
+
+    check.run(Step('probe', python('-c', PROBE), 60, cwd=check.work))
+    side_by_side = []
+    if 'tests' in args.steps:
+        side_by_side.append(test_step(check.work, 110))
+    sanitizers = sanitizer_steps(check.work, 110, args.sanitize) if 'sanitize' in args.steps else []
+    with_deformops = 'bench' in args.steps and bool(check.peers)
+    peers = deformops_steps(110) if with_deformops else []
+    if 'bench' in args.steps and not peers:
+        say(f'deformops: not measured, for there is no folder {args.peers}')
+    check.run(*side_by_side, *sanitizers, *peers)
+    for step in sanitizers:
+        read_sanitizer(step, check.work / f'{step.name}.log')
+    for tuned in check.triton_cache.rglob('*.autotune.json'):
+        tuned.unlink()  # timed among other processes; the compiled kernels stay
+
+    if 'bench' in args.steps:
+        bench(check, 'deform_conv2d', ['bf16', 'fp16', 'batch-1', 'stages'], 50)
+        bench(check, 'deform_roi_pool', ['levels', 'fp16'], 20)
+    if 'resnet' in args.steps:
+        check.run(Step('resnet', python(BENCHMARKS / 'resnet.py', '--out', check.results), 40))
+    if with_deformops:
+        bench(check, 'deform_conv2d', ['deformops'], 50)
+    if 'bench' in args.steps:
+        bench(check, 'deform_conv2d', ['variants'], 30)
+    record = check.write()
+    combined_charts(record, check.out)
+    print(summary(record))
+    unhappy = [step.name for step in check.steps if step.status != 'passed' and not step.name.startswith('deformops')]
+    say(f'did not pass: {", ".join(unhappy)}' if unhappy else 'done')
+    sys.exit(bool(unhappy))
+
+
+def commit() -> str:
+    result = subprocess.run(
+        ['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or 'unknown'
+
+
+if __name__ == '__main__':
+    main()
