@@ -30,7 +30,7 @@ def run(
     transformed = torch._C._are_functorch_transforms_active()
     if forward_ad._current_level >= 0 and (transformed or _has_tangent(arguments)):
         return reference(*arguments)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return (function.apply if transformed else operator)(*arguments)
     # A fake tensor may be on a device that is not there.
     if arguments[0].is_cuda and torch.cuda.is_initialized():

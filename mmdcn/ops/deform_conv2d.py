@@ -215,7 +215,7 @@ def _reference(
 
 
 def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors_and_geometry, _groups, _offset_groups, output_mask, _deterministic, _allow_tf32 = arguments
+    tensors_and_geometry, output_mask = arguments[:8], arguments[10]
     gradients: Any = reference.deform_conv2d_backward(*tensors_and_geometry)
     placeholder = arguments[0].new_empty(0)
     return tuple(grad if needed else placeholder for grad, needed in zip(gradients, output_mask, strict=True))
@@ -321,7 +321,8 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
     """Map over V calls by one: V times the images if all share weight and bias, else the groups."""
     size = info.batch_size
-    input, offset, mask, weight, bias, *geometry, groups, offset_groups, allow_tf32 = arguments
+    input, offset, mask, weight, bias, *geometry, groups, offset_groups = arguments[:10]
+    defaults = arguments[10:]  # which a call may leave out
     input_dim, offset_dim, mask_dim, weight_dim, bias_dim, *_ = in_dims
     shared = weight_dim is None and bias_dim is None
     fold, dim = (into_batch, 0) if shared else (into_channels, 1)
@@ -333,7 +334,7 @@ def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *a
     if not shared:
         weight, bias = into_batch(size, weight_dim, weight), into_batch(size, bias_dim, bias)
         groups, offset_groups = size * groups, size * offset_groups
-    output = convolve(*images, weight, bias, *geometry, groups, offset_groups, allow_tf32)
+    output = convolve(*images, weight, bias, *geometry, groups, offset_groups, *defaults)
     return unfold(size, dim, output), dim
 
 
@@ -343,14 +344,15 @@ def _vmap_backward(
     """Do as _vmap does; but a gradient of the weight is one of each of the V calls."""
     size = info.batch_size
     *images, weight = arguments[:5]  # grad_output, input, offset, mask
-    *geometry, groups, offset_groups, output_mask, deterministic, allow_tf32 = arguments[5:]
+    *geometry, groups, offset_groups, output_mask, deterministic = arguments[5:12]
+    defaults = arguments[12:]
     shared = in_dims[4] is None and not output_mask[3]
     fold, dim = (into_batch, 0) if shared else (into_channels, 1)
     images = [fold(size, *image) for image in zip(in_dims[:4], images, strict=True)]
     if not shared:
         weight = into_batch(size, in_dims[4], weight)
         groups, offset_groups = size * groups, size * offset_groups
-    settings = (*geometry, groups, offset_groups, output_mask, deterministic, allow_tf32)
+    settings = (*geometry, groups, offset_groups, output_mask, deterministic, *defaults)
     gradients = convolve_backward(*images, weight, *settings)
     dims = tuple(d if needed else None for d, needed in zip((dim, dim, dim, 0), output_mask, strict=True))
     gradients = tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True))
