@@ -69,7 +69,7 @@ struct AddToInput {
     uint32_t places[4] = {kNone, kNone, kNone, kNone};
     if (point.inside) count_corners(point, shared, places, threads);
     threads.sync();
-    divide_list(shared, places, threads);
+    divide_list(shared, threads);
     threads.sync();
     sort_corners(point, tile.column(point.position, tap), shared, places, threads);
     threads.sync();
@@ -86,7 +86,7 @@ struct AddToInput {
     for (int k = 0; k < 4; ++k) {
       if (!inside[k]) continue;
       const uint32_t y = point.top + k / 2, x = point.left + k % 2, pixel = tile.pixel(point, y, x);
-      uint32_t slot = y % kSlotRows * kSlotColumns + x % kSlotColumns;
+      uint32_t slot = first_slot(y, x);
       while (true) {
         const uint32_t found = threads.compare_and_exchange(&shared.slots[slot].pixel, kNone, pixel);
         if (found == kNone || found == pixel) break;
@@ -96,14 +96,32 @@ struct AddToInput {
     }
   }
 
-  // The first corner of a pixel reserves the part of the list for all.
-  C10_DEVICE void divide_list(Shared& shared, const uint32_t (&places)[4], const Threads& threads) const {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (places[k] >> 16 != 0) continue;
-      uint32_t& corners = shared.slots[places[k]].corners;
-      corners = threads.increment(&shared.corner_count, corners) | corners << 16;
-      shared.used[threads.increment(&shared.used_count)] = places[k];
+  // Pixels that lie close to each other have slots that do: two rows of 16 are half of a warp's. They share most of their
+  // samples, whose columns then come from the multiprocessor's own cache.
+  C10_DEVICE static uint32_t first_slot(uint32_t y, uint32_t x) {
+    return y % kSlotRows / 2 * (2 * kSlotColumns) + x % kSlotColumns * 2 + y % 2;
+  }
+
+  // Lists the slots in use, and gives each its part of the sorted list, in the order of the slots of a warp.
+  C10_DEVICE void divide_list(Shared& shared, const Threads& threads) const {
+    for (uint32_t first = threads.group * kWarp; first < kSlots; first += kThreads) {
+      const uint32_t slot = first + threads.lane, count = shared.slots[slot].corners;
+      const uint32_t used = threads.ballot(count > 0);
+      if (used == 0) continue;
+      uint32_t until = count;  // the end of the part, from the warp's first on
+      for (uint32_t distance = 1; distance < kWarp; distance *= 2) {
+        const uint32_t before = threads.shuffle_up(until, distance);
+        until += threads.lane >= distance ? before : 0;
+      }
+      uint32_t corner = 0, number = 0;
+      if (threads.lane == kWarp - 1) {
+        corner = threads.increment(&shared.corner_count, until);
+        number = threads.increment(&shared.used_count, bits_set(used));
+      }
+      corner = threads.shuffle(corner, kWarp - 1), number = threads.shuffle(number, kWarp - 1);
+      if (count == 0) continue;
+      shared.slots[slot].corners = (corner + until - count) | count << 16;
+      shared.used[number + bits_set(used & ((1u << threads.lane) - 1))] = slot;
     }
   }
 

@@ -35,8 +35,11 @@ def run(
     # A fake tensor may be on a device that is not there.
     if arguments[0].is_cuda and torch.cuda.is_initialized():
         check_device(arguments[0].device)
-    if transformed or torch.is_grad_enabled() and _needs_gradient(arguments):
+    if transformed:
         return function.apply(*arguments)
+    if torch.is_grad_enabled() and _needs_gradient(arguments):
+        # Function.apply would bind the arguments to the signature first, which takes longer than all the rest.
+        return super(torch.autograd.Function, function).apply(*arguments)
     return _below_autograd(operator, *arguments)
 
 
