@@ -24,6 +24,20 @@ def pytest_runtest_logfinish() -> None:
             os._exit(1)
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep float32 whole on CUDA, where torch's default for convolutions, and so the operators', is TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """For what compares bits of gradients, which CUDA otherwise adds up in an order of its own."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many small calls, whose threads would do little but wait for each other."""

@@ -443,6 +443,20 @@ def test_low_precision_images_take_float32_offsets(dtype: torch.dtype, device: s
     }
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='torch finds no CUDA device')
+@pytest.mark.parametrize('setting', ['neither', 'of convolutions', 'of products'])
+def test_float32_takes_tf32_on_cuda_where_torch_may(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 rounds factors to 11 bits, which shows in the error; as for torch's convolutions it is the default."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', setting == 'of convolutions')
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', setting == 'of products')
+    call = Case((64, 48), (20, 30), (3, 3), padding=(1, 1)).draw(torch.float32, 'cuda')
+    grad_output = draw_grad_output(call)
+    actual, expected = gradients(deform_conv2d, call, grad_output), expected_gradients(call, grad_output)
+    for name in ('output', 'input', 'weight', 'offset', 'mask'):
+        error = relative_error(actual[name], expected[name])
+        assert error < 1e-5 if setting == 'neither' else 1e-5 < error < 2e-3, name
+
+
 @pytest.mark.parametrize('low', [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_images_and_weight_but_neither_offsets_nor_mask(low: torch.dtype, device: str) -> None:
     call = CASES['everything at once'].draw(torch.float32, device)
@@ -455,7 +469,9 @@ def test_autocast_rounds_images_and_weight_but_neither_offsets_nor_mask(low: tor
 
 
 @pytest.mark.parametrize('name', ['everything at once', 'several blocks of channels'])
-def test_a_backward_within_autocast_gives_the_gradients_of_one_without(name: str, device: str) -> None:
+def test_a_backward_within_autocast_gives_the_gradients_of_one_without(
+    name: str, device: str, deterministic: None
+) -> None:
     call = CASES[name].draw(torch.float32, device)
     grad_output = draw_grad_output(call)
     expected = gradients(deform_conv2d, call, grad_output)

@@ -20,10 +20,8 @@ struct AddToInput {
   using V = Vector<scalar_t, kVector>;
 
   static constexpr uint32_t kWarps = 9, kThreads = kWarps * kWarp, kCorners = 4 * kThreads;
-  static constexpr uint32_t kResident =  // as many as there are without spills
-      sizeof(scalar_t) == 8              ? 2
-      : sizeof(scalar_t) == 2 && kSingle ? 5
-                                         : 4;
+  static constexpr uint32_t kBatch = sizeof(T) == 8 ? 2 : 8;  // corners of a pixel whose loads are in flight
+  static constexpr uint32_t kResident = 2;
   static constexpr uint32_t kSlotRows = 32, kSlotColumns = 64, kSlots = kSlotRows * kSlotColumns, kNone = ~0u;
   static_assert(kSlots > kCorners);
 
@@ -172,14 +170,26 @@ struct AddToInput {
 
   C10_DEVICE void add_corners(const Corner* corners, const Slot& slot, const V* columns, T* target,
                               const Threads& threads) const {
+    // Several at a time, so that their loads overlap; beyond the last, that one again, with a weight of 0.
     T sum[kVector] = {};
-#pragma unroll 4
-    for (uint32_t i = slot.begin(); i < slot.end(); ++i) {
-      const Corner corner = corners[i];
-      T grad[kVector];
-      load(element(columns, corner.column)).unpack(grad);
-      for (int v = 0; v < kVector; ++v) {
-        sum[v] += corner.weight * grad[v];
+#pragma unroll 1
+    for (uint32_t first = slot.begin(); first < slot.end(); first += kBatch) {
+      V grads[kBatch];
+      T weights[kBatch];
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        const bool valid = first + i < slot.end();
+        const Corner corner = corners[valid ? first + i : slot.end() - 1];
+        grads[i] = load(element(columns, corner.column));
+        weights[i] = valid ? corner.weight : 0;
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        T grad[kVector];
+        grads[i].unpack(grad);
+        for (int v = 0; v < kVector; ++v) {
+          sum[v] += weights[i] * grad[v];
+        }
       }
     }
     threads.add(target, sum);
