@@ -283,7 +283,9 @@ def sanitizer_steps(work: Path, limit: float, expression: str) -> list[Step]:
             options += ['--report-api-errors', 'no']  # torch asks for what may fail
         if tool != 'initcheck':  # which must see all that is written
             options += ['--kernel-regex', 'kns=mmdcn']
-        pytest = python('-m', 'pytest', '-vv', '-p', 'no:cacheprovider', '--tb=short', '-k', expression)
+        pytest = python(
+            '-m', 'pytest', '-vv', '--durations=3', '-p', 'no:cacheprovider', '--tb=short', '-k', expression
+        )
         tests = ('tests/test_deform_conv2d.py', 'tests/test_deform_roi_pool.py')
         # Memory that torch keeps for later looks allocated and initialised to the tools.
         env = {'PYTORCH_NO_CUDA_MEMORY_CACHING': '1', 'OMP_NUM_THREADS': '1'}
