@@ -129,7 +129,19 @@ class Step:
         return True
 
     def progress(self) -> str:
-        return ', '.join(f'{count} {outcome}' for outcome, count in self.counts.items())
+        return ', '.join(f'{count} {outcome}' for outcome, count in list(self.counts.items()))
+
+    def record(self) -> dict[str, Any]:
+        """Give what is kept of it; `read` may go on meanwhile."""
+        ended_well = self.status in ('passed', 'running')
+        return {
+            'name': self.name,
+            'status': self.status,
+            'seconds': self.seconds,
+            'counts': dict(self.counts),
+            'failures': list(self.failures),
+            'tail': [] if ended_well else self.tail[-12:],
+        }
 
 
 BEGAN = time.monotonic()
@@ -197,8 +209,7 @@ class Check:
 
     def write(self) -> dict[str, Any]:
         """Write all that is known: the figures as JSON, and the page."""
-        keys = ('name', 'status', 'seconds', 'counts', 'failures')
-        steps = [{key: getattr(step, key) for key in keys} | self.last_words(step) for step in self.steps]
+        steps = [step.record() for step in self.steps]
         record = {
             'commit': self.args.commit,
             'kernels': self.env['MMDCN_CUDA_KERNELS'],
@@ -210,10 +221,6 @@ class Check:
         (self.out / 'gpu-check.part').replace(self.out / 'gpu-check.json')
         (self.out / 'gpu-check.md').write_text(page(record))
         return record
-
-    def last_words(self, step: Step) -> dict[str, list[str]]:
-        ended_well = step.status in ('passed', 'running')
-        return {'tail': [] if ended_well else step.tail[-12:]}
 
 
 def unpacked(wheel: Path, folder: Path) -> Path:
@@ -389,8 +396,8 @@ def main() -> None:
     if 'bench' in args.steps:
         bench(check, 'deform_conv2d', ['variants'], 30)
     record = check.write()
+    print(summary(record), flush=True)
     combined_charts(record, check.out)
-    print(summary(record))
     unhappy = [step.name for step in check.steps if step.status != 'passed' and not step.name.startswith('deformops')]
     say(f'did not pass: {", ".join(unhappy)}' if unhappy else 'done')
     sys.exit(bool(unhappy))

@@ -45,6 +45,8 @@ def usable(candidates: dict[str, Callable[[], Call]], skipped: dict[str, str]) -
         try:
             calls[name] = build()
             calls[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # where a kernel's error would come up
         except (ImportError, NotImplementedError, RuntimeError) as error:
             calls.pop(name, None)
             skipped.setdefault(name, f'{type(error).__name__}: {error}'.splitlines()[0][:200])
