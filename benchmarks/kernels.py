@@ -36,7 +36,7 @@ LIMITS = {
     '121': (100, 1536, 24),
 }
 REGISTERS = 65536  # of a multiprocessor
-SYSTEM_SHARED = 1024  # bytes of a block that the system takes; from sm_90 on cuobjdump counts them too
+SYSTEM_SHARED = 1024  # bytes of a block that the system takes; from sm_90 on a linked library counts them too
 CLASSES = {  # the first that matches
     'control': r'BRA|BRX|JMP|EXIT|BSSY|BSYNC|BREAK|BAR|WARPSYNC|CALL|RET|NOP|DEPBAR|LDGDEPBAR|YIELD|NANOSLEEP|WARPGROUP'
     r'|ERRBAR|MEMBAR|FENCE|ELECT|VOTE|ACQBULK|UCGABAR',
@@ -229,7 +229,9 @@ def tool() -> str:
 def dump(what: str, binary: Path) -> str:
     cuobjdump = tool()
     env = {**os.environ, 'PATH': f'{Path(cuobjdump).parent}{os.pathsep}{os.environ["PATH"]}'}
-    result = subprocess.run([cuobjdump, what, binary], check=True, capture_output=True, text=True, env=env)
+    result = subprocess.run([cuobjdump, what, binary], capture_output=True, text=True, env=env, check=False)
+    if result.returncode:
+        raise SystemExit(f'{cuobjdump} {what} {binary}: {result.stderr.strip()}')
     return result.stdout
 
 
@@ -255,8 +257,9 @@ def kernels(binary: Path, pattern: str, dynamic: dict[str, int]) -> list[Kernel]
     for architecture, name, code in listed:
         if not re.search(pattern, names[name]):
             continue
-        registers, shared = resources.get((architecture, name)) or resources['', name]
-        if int(re.sub(r'\D', '', architecture)) >= 90:
+        linked = (architecture, name) in resources  # a bare cubin does not say what it is for, nor is it linked
+        registers, shared = resources[architecture if linked else '', name]
+        if linked and int(re.sub(r'\D', '', architecture)) >= 90:
             shared -= SYSTEM_SHARED
         shared += next((size for key, size in dynamic.items() if re.search(key, names[name])), 0)
         block = threads.get((architecture, name)) or threads.get(('', name), 1024)
