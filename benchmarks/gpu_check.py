@@ -129,7 +129,19 @@ class Step:
         return True
 
     def progress(self) -> str:
-        return ', '.join(f'{count} {outcome}' for outcome, count in self.counts.items())
+        return ', '.join(f'{count} {outcome}' for outcome, count in list(self.counts.items()))
+
+    def record(self) -> dict[str, Any]:
+        """Give what is kept of it; `read` may go on meanwhile."""
+        ended_well = self.status in ('passed', 'running')
+        return {
+            'name': self.name,
+            'status': self.status,
+            'seconds': self.seconds,
+            'counts': dict(self.counts),
+            'failures': list(self.failures),
+            'tail': [] if ended_well else self.tail[-12:],
+        }
 
 
 BEGAN = time.monotonic()
@@ -197,8 +209,7 @@ class Check:
 
     def write(self) -> dict[str, Any]:
         """Write all that is known: the figures as JSON, and the page."""
-        keys = ('name', 'status', 'seconds', 'counts', 'failures')
-        steps = [{key: getattr(step, key) for key in keys} | self.last_words(step) for step in self.steps]
+        steps = [step.record() for step in self.steps]
         record = {
             'commit': self.args.commit,
             'kernels': self.env['MMDCN_CUDA_KERNELS'],
@@ -210,10 +221,6 @@ class Check:
         (self.out / 'gpu-check.part').replace(self.out / 'gpu-check.json')
         (self.out / 'gpu-check.md').write_text(page(record))
         return record
-
-    def last_words(self, step: Step) -> dict[str, list[str]]:
-        ended_well = step.status in ('passed', 'running')
-        return {'tail': [] if ended_well else step.tail[-12:]}
 
 
 def unpacked(wheel: Path, folder: Path) -> Path:
@@ -254,7 +261,7 @@ def test_step(work: Path, limit: float) -> Step:
     if importlib.util.find_spec('xdist'):
         options += ['-n', '8', '--dist', 'worksteal', '--max-worker-restart', '40']
     if importlib.util.find_spec('pytest_timeout'):
-        options += ['--timeout', '60', '--timeout-method', 'thread']
+        options += ['--timeout', '75', '--timeout-method', 'thread']
     tests = sorted(f'tests/{path.name}' for path in (work / 'tests').glob('test_deform_*.py'))
     env = {'OMP_NUM_THREADS': '2', 'TORCHINDUCTOR_COMPILE_THREADS': '1'}
     return Step('tests', python('-m', 'pytest', *options, *tests), limit, env, work, uninteresting)
@@ -283,7 +290,9 @@ def sanitizer_steps(work: Path, limit: float, expression: str) -> list[Step]:
             options += ['--report-api-errors', 'no']  # torch asks for what may fail
         if tool != 'initcheck':  # which must see all that is written
             options += ['--kernel-regex', 'kns=mmdcn']
-        pytest = python('-m', 'pytest', '-vv', '-p', 'no:cacheprovider', '--tb=short', '-k', expression)
+        pytest = python(
+            '-m', 'pytest', '-vv', '--durations=3', '-p', 'no:cacheprovider', '--tb=short', '-k', expression
+        )
         tests = ('tests/test_deform_conv2d.py', 'tests/test_deform_roi_pool.py')
         # Memory that torch keeps for later looks allocated and initialised to the tools.
         env = {'PYTORCH_NO_CUDA_MEMORY_CACHING': '1', 'OMP_NUM_THREADS': '1'}
@@ -387,8 +396,8 @@ def main() -> None:
     if 'bench' in args.steps:
         bench(check, 'deform_conv2d', ['variants'], 30)
     record = check.write()
+    print(summary(record), flush=True)
     combined_charts(record, check.out)
-    print(summary(record))
     unhappy = [step.name for step in check.steps if step.status != 'passed' and not step.name.startswith('deformops')]
     say(f'did not pass: {", ".join(unhappy)}' if unhappy else 'done')
     sys.exit(bool(unhappy))

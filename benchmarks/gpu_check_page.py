@@ -34,7 +34,7 @@ class Goal:
         wanted = f'>= {self.least:g}' if self.least else f'<= {self.most:g}'
         if not figures:
             return [self.text, wanted, 'not run', '']
-        mean = math.exp(math.fsum(map(math.log, figures)) / len(figures))
+        mean = math.prod(figures) ** (1 / len(figures))
         met = all(self.least <= f <= self.most for f in (figures if self.each else [mean]))
         cells = ', '.join(f'{f:.3g}' for f in figures)
         seen = cells if self.each or len(figures) == 1 else f'{mean:.3g} ({cells})'

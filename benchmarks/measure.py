@@ -34,8 +34,6 @@ class Measurement:
     @property
     def spread(self) -> float:
         """Half the range between the quartiles, as a share of the median."""
-        if len(self.seconds) == 1:
-            return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
 

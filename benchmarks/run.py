@@ -2,6 +2,7 @@
 """Compare an operator with everything else that computes it: python benchmarks/run.py deform_conv2d."""
 
 import argparse
+import gc
 import importlib
 import json
 import math
@@ -44,6 +45,8 @@ def usable(candidates: dict[str, Callable[[], Call]], skipped: dict[str, str]) -
         try:
             calls[name] = build()
             calls[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # where a kernel's error would come up
         except (ImportError, NotImplementedError, RuntimeError) as error:
             calls.pop(name, None)
             skipped.setdefault(name, f'{type(error).__name__}: {error}'.splitlines()[0][:200])
@@ -70,7 +73,8 @@ def table(rows: dict[str, Row], baseline: str) -> str:
             ratios[name].append(row[name].median / base)
             milliseconds = row[name].median * 1e3
             digits = 1 if milliseconds >= 10 else 2 if milliseconds >= 1 else 3
-            cells.append(f'{ratios[name][-1]:.2f} ({milliseconds:.{digits}f} ms ±{row[name].spread:.0%})')
+            spread = f' ±{row[name].spread:.0%}' if len(row[name].seconds) > 1 else ''
+            cells.append(f'{ratios[name][-1]:.2f} ({milliseconds:.{digits}f} ms{spread})')
         lines.append(cells)
     complete = {name: values for name, values in ratios.items() if len(values) == len(rows)}
     means = [f'{math.prod(complete[n]) ** (1 / len(rows)):.2f}' if n in complete else '' for n in names]
@@ -79,7 +83,10 @@ def table(rows: dict[str, Row], baseline: str) -> str:
 
 
 def memory_table(rows: dict[str, Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    """Give peaks in MiB; nothing where none is known."""
+    names = list(dict.fromkeys(name for row in rows.values() for name, m in row.items() if m.peak_bytes is not None))
+    if not names:
+        return ''
 
     def cell(row: Row, name: str) -> str:
         known = name in row and row[name].peak_bytes is not None
@@ -94,7 +101,7 @@ def report(results: Results, title: str, baseline: str) -> str:
     parts = []
     for mode, rows in results.items():
         if rows:
-            parts.append(f'{title}, {mode}: time / {baseline}\n\n{table(rows, baseline)}\n\n{memory_table(rows)}\n')
+            parts += [f'{title}, {mode}: time / {baseline}\n', f'{table(rows, baseline)}\n', f'{memory_table(rows)}\n']
     return '\n'.join(parts)
 
 
@@ -179,6 +186,7 @@ def main() -> None:
         return
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # else cuBLAS has no deterministic sums
     torch.set_num_threads(args.threads)
+    gc.freeze()  # what is imported need not be searched before each peak of memory
     torch.backends.cudnn.benchmark = True  # the plain convolution as its users have it
     cases = operator.CASES[args.device]
     groups = list(cases) if args.cases == ['all'] else args.cases or list(cases)[:1]
