@@ -100,7 +100,14 @@ CASES = {
     'many images': Case(batch=7, rois=11),
     'several blocks of channels': Case(channels=70),
     'vectors of channels': Case(channels=48, size=(6, 5), bins=(3, 2)),
+    'one bin of vectors': Case(channels=48, size=(6, 5), bins=(1, 1)),
 }
+
+
+def between_vectors(tensor: Tensor) -> Tensor:
+    """Give the tensor in memory that begins one element past a multiple of 16 bytes."""
+    memory = tensor.new_empty(tensor.numel() + 1)[1:]
+    return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 // What the host does. See Note [Deformable RoI pooling].
 #include "deform_roi_pool.cuh"
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -32,12 +34,14 @@ class Places {
   std::optional<Tensor> offset_;  // [N, 2, ph, pw]
 };
 
-// Calls body(integral_constant) with how many channels may be read as one.
+// Calls body(integral_constant) with how many channels may be read and written as one, given where they begin.
 template <typename scalar_t, typename Body>
-void dispatch_vector(const RoIGeometry& g, const Rows<scalar_t>& rows, const Body& body) {
+void dispatch_vector(const RoIGeometry& g, const Rows<scalar_t>& rows, std::initializer_list<const void*> others,
+                     const Body& body) {
   constexpr int kVector = kMaxVector<scalar_t>;
-  if (g.channels % kVector == 0 && rows.pixel_stride % kVector == 0 &&
-      reinterpret_cast<uintptr_t>(rows.data) % kVectorBytes == 0) {
+  const auto is_aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0; };
+  if (g.channels % kVector == 0 && rows.pixel_stride % kVector == 0 && is_aligned(rows.data) &&
+      std::all_of(others.begin(), others.end(), is_aligned)) {
     body(std::integral_constant<int, kVector>());
   } else {
     body(std::integral_constant<int, 1>());
@@ -62,7 +66,7 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
     using scalar_t = decltype(zero);
     const Rows<scalar_t> rows = nhwc_rows<scalar_t>(input, 0, g.batch, type);
     const Places<compute_t<scalar_t>> places(rois, offset, compute_type(type));
-    dispatch_vector(g, rows, [&](auto vector) {
+    dispatch_vector(g, rows, {bins.data_ptr()}, [&](auto vector) {
       launch(
           PoolBins<scalar_t, vector>{
               {places.template of<scalar_t>(g)}, rows.data, rows.pixel_stride, data<scalar_t>(bins)},
@@ -99,7 +103,7 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
       const RoIs<scalar_t> on = places.template of<scalar_t>(g);
       T* const input_sum = output_mask[0] ? data<T>(sum) : nullptr;
       T* const offset_sum = output_mask[1] ? data<T>(grad_offset) : nullptr;
-      dispatch_vector(g, rows, [&](auto vector) {
+      dispatch_vector(g, rows, {grad_bins.data_ptr(), input_sum}, [&](auto vector) {
         const scalar_t* grads = data<scalar_t>(grad_bins);
         if (deterministic && input_sum) launch(AddBinsInOrder<scalar_t, vector>{on, grads, input_sum}, device);
         T* const unordered_sum = deterministic ? nullptr : input_sum;
