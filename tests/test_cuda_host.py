@@ -102,7 +102,7 @@ def test_deform_conv2d_equals_the_cpu(
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('dtype', TOLERANCES)
-@pytest.mark.parametrize('name', ['defaults', 'no offsets', 'two samples', 'vectors of channels', 'no region'])
+@pytest.mark.parametrize('name', roi_pool.CASES)
 def test_deform_roi_pool_equals_the_cpu(
     host: object, name: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:

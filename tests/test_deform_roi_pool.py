@@ -222,7 +222,7 @@ def test_every_mix_of_strides_gives_the_same_values(layout: str, device: str) ->
 @each_dtype
 @pytest.mark.parametrize('name', ['vectors of channels', 'one bin of vectors'])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize('moved', [['input'], ['grad_output'], ['input', 'rois', 'offset', 'grad_output']], ids='+'.join)
+@pytest.mark.parametrize('moved', [['input'], ['grad_output'], ['input', 'rois', 'offset']], ids='+'.join)
 def test_tensors_may_begin_between_vectors(
     moved: list[str], memory_format: torch.memory_format, name: str, dtype: torch.dtype, device: str
 ) -> None:
@@ -233,7 +233,8 @@ def test_tensors_may_begin_between_vectors(
     tensors |= {name: between_vectors(tensors[name]) for name in moved}
     grad_output = tensors.pop('grad_output')
     call = replace(call, **tensors)
-    assert_close(gradients(deform_roi_pool, call, grad_output), expected_gradients(call, grad_output), call, grad_output)
+    expected = expected_gradients(call, grad_output)
+    assert_close(gradients(deform_roi_pool, call, grad_output), expected, call, grad_output)
 
 
 @each_dtype
