@@ -86,6 +86,29 @@ C10_HOST_DEVICE Box box_of(const Bin<T>& bin) {
   return {y, x};
 }
 
+// One image, of which kVector channels are read: adjacent ones as a vector, if kAdjacent.
+template <typename scalar_t, int kVector, bool kAdjacent, typename Stride>
+struct Pixels {
+  const scalar_t* first;  // pixel (0, 0)
+  Stride row_stride, column_stride, channel_stride;
+
+  C10_HOST_DEVICE const scalar_t* at(int32_t row, int32_t column) const {
+    return first + row * row_stride + column * column_stride;
+  }
+  C10_HOST_DEVICE Vector<scalar_t, kVector> right_of(const scalar_t* pixel, int32_t columns) const {
+    const scalar_t* at = pixel + columns * column_stride;
+    if constexpr (kAdjacent) {
+      return Vector<scalar_t, kVector>::at(at);
+    } else {
+      Vector<scalar_t, kVector> values;
+      for (int c = 0; c < kVector; ++c) {
+        values.values[c] = at[c * channel_stride];
+      }
+      return values;
+    }
+  }
+};
+
 struct BinBlock {
   int64_t first;
   uint32_t count;
@@ -98,10 +121,11 @@ struct LocatedBins {
 
   Bin<T> bins[kBins];
   Box boxes[kBins];
-  Box all;                          // of them
-  uint32_t counts[kBins];           // of weights
-  uint32_t firsts[kBins];           // of the weights of its rows, and then of its columns
-  AxisWeight<T> weights[kWeights];  // what does not fit is computed where it is needed
+  Box all;                                      // of them
+  T empty_sums[kBins];                          // NaN if the bin is no number
+  uint32_t counts[kBins];                       // of weights
+  uint32_t firsts[kBins];                       // of the weights of its rows, and then of its columns
+  alignas(16) AxisWeight<T> weights[kWeights];  // what does not fit is computed where it is needed
 
   C10_HOST_DEVICE uint32_t sum_of_counts(uint32_t end) const {
     uint32_t sum = 0;
@@ -119,59 +143,85 @@ struct LocatedBins {
     return box;
   }
 
-  // Calls body(row, column, weights of the row, weights of the column) for each pixel that has a weight.
-  template <typename Body>
-  C10_HOST_DEVICE void each_pixel(uint32_t i, const Body& body) const {
-    const Box box = boxes[i];
-    const uint32_t first = firsts[i];
-    if (first + counts[i] <= kWeights) {
-      const AxisWeight<T>*y = weights + first, *x = y + box.y.size();
-      each_weighted(
-          box, [&](int32_t row) { return y[row - box.y.begin]; },
-          [&](int32_t column) { return x[column - box.x.begin]; }, body);
-    } else {
-      each_weighted(
-          box, [&](int32_t row) { return bins[i].y.at(row); }, [&](int32_t column) { return bins[i].x.at(column); },
-          body);
-    }
-  }
-
-  template <int kVector, typename Values>
-  C10_HOST_DEVICE void pool(uint32_t i, const Values& values, T (&sum)[kVector]) const {
+  template <typename AllPixels, int kVector>
+  C10_HOST_DEVICE void pool(uint32_t i, const AllPixels& pixels, T (&sum)[kVector]) const {
     for (T& value : sum) {
-      value = bins[i].is_nan() ? static_cast<T>(NAN) : static_cast<T>(0);
+      value = empty_sums[i];
     }
-    each_pixel(i, [&](int32_t row, int32_t column, const AxisWeight<T>& y, const AxisWeight<T>& x) {
-      const auto pixel = values(row, column);
+    each_run(i, pixels, [&](const auto* first, const AxisWeight<T>& y, const Columns& x) {
+      T of_row[kVector] = {};
+      for (int32_t k = 0; k < kColumns; ++k) {
+        if (!x.has[k]) continue;
+        const auto pixel = pixels.right_of(first, k);
+        for (int c = 0; c < kVector; ++c) {
+          of_row[c] += x.weights[k].weight * pixel[c];
+        }
+      }
       for (int c = 0; c < kVector; ++c) {
-        sum[c] += y.weight * x.weight * pixel[c];
+        sum[c] += y.weight * of_row[c];
       }
     });
   }
 
   // Adds what the bin's gradient gives to those of its place.
-  template <int kVector, typename Values>
-  C10_HOST_DEVICE void add_moves(uint32_t i, const Values& values, const T (&grad)[kVector], T& move_y,
+  template <typename AllPixels, int kVector>
+  C10_HOST_DEVICE void add_moves(uint32_t i, const AllPixels& pixels, const T (&grad)[kVector], T& move_y,
                                  T& move_x) const {
-    each_pixel(i, [&](int32_t row, int32_t column, const AxisWeight<T>& y, const AxisWeight<T>& x) {
-      const auto pixel = values(row, column);
-      T product = 0;
-      for (int c = 0; c < kVector; ++c) {
-        product += grad[c] * pixel[c];
+    each_run(i, pixels, [&](const auto* first, const AxisWeight<T>& y, const Columns& x) {
+      T weighted = 0, sloped = 0;
+      for (int32_t k = 0; k < kColumns; ++k) {
+        if (!x.has[k]) continue;
+        const auto pixel = pixels.right_of(first, k);
+        T product = 0;
+        for (int c = 0; c < kVector; ++c) {
+          product += grad[c] * pixel[c];
+        }
+        weighted += x.weights[k].weight * product, sloped += x.weights[k].slope * product;
       }
-      move_y += y.slope * x.weight * product, move_x += y.weight * x.slope * product;
+      move_y += y.slope * weighted, move_x += y.weight * sloped;
     });
   }
 
  private:
-  template <typename Y, typename X, typename Body>
-  C10_HOST_DEVICE static void each_weighted(const Box& box, const Y& y_of, const X& x_of, const Body& body) {
-    for (int32_t row = box.y.begin; row < box.y.end; ++row) {
-      const AxisWeight<T> y = y_of(row);
-      if (y.is_zero()) continue;
-      for (int32_t column = box.x.begin; column < box.x.end; ++column) {
-        const AxisWeight<T> x = x_of(column);
-        if (!x.is_zero()) body(row, column, y, x);
+  static constexpr int32_t kColumns = 4;
+
+  // Adjacent columns, some of which have a weight.
+  struct Columns {
+    AxisWeight<T> weights[kColumns];
+    bool has[kColumns];
+  };
+
+  // Calls body(first pixel, weights of the row, columns) for each row of each kColumns columns of the bin, if it has a
+  // weight. Columns are outside, so that their weights stay in registers.
+  template <typename AllPixels, typename Body>
+  C10_HOST_DEVICE void each_run(uint32_t i, const AllPixels& pixels, const Body& body) const {
+    const Box box = boxes[i];
+    const uint32_t first = firsts[i];
+    if (first + counts[i] <= kWeights) {
+      const AxisWeight<T>*y = weights + first, *x = y + box.y.size() - box.x.begin;
+      each_run_of(box, [y](int32_t) mutable { return *y++; }, [x](int32_t column) { return x[column]; }, pixels, body);
+    } else {
+      each_run_of(
+          box, [&](int32_t row) { return bins[i].y.at(row); }, [&](int32_t column) { return bins[i].x.at(column); },
+          pixels, body);
+    }
+  }
+
+  template <typename Y, typename X, typename AllPixels, typename Body>
+  C10_HOST_DEVICE static void each_run_of(const Box& box, const Y& y_from_first_row, const X& x_of,
+                                          const AllPixels& pixels, const Body& body) {
+    for (int32_t first = box.x.begin; first < box.x.end; first += kColumns) {
+      Columns x = {};
+      for (int32_t k = 0; k < kColumns; ++k) {
+        if (first + k < box.x.end) x.weights[k] = x_of(first + k);
+        x.has[k] = !x.weights[k].is_zero();
+      }
+      Y y_of = y_from_first_row;
+      auto* pixel = pixels.at(box.y.begin, first);
+#pragma unroll 1
+      for (int32_t row = box.y.begin; row < box.y.end; ++row, pixel += pixels.row_stride) {
+        const AxisWeight<T> y = y_of(row);
+        if (!y.is_zero()) body(pixel, y, x);
       }
     }
   }
@@ -196,6 +246,7 @@ struct RoIs {
       const Bin<T> bin = this->bin(index / geometry.bins(), index % geometry.bins());
       const Box box = box_of(bin);
       located.bins[i] = bin, located.boxes[i] = box, located.counts[i] = box.y.size() + box.x.size();
+      located.empty_sums[i] = bin.is_nan() ? static_cast<T>(NAN) : static_cast<T>(0);
     }
     threads.sync();
     for (uint32_t i = threads.index(); i <= block.count; i += threads.count()) {
@@ -240,14 +291,12 @@ struct OverVectors : RoIs<scalar_t> {
     return {first, rest < kBlockBins ? static_cast<uint32_t>(rest) : kBlockBins};
   }
 
-  // Calls body(values) for the lane's channels of a bin, with the function that gives those of a pixel.
+  // Calls body(channel, pixels) for the lane's channels of a bin.
   template <typename Threads, typename Body>
   C10_HOST_DEVICE void each_vector(const Bin<T>& bin, const Threads& threads, const Body& body) const {
     for (int64_t c = threads.lane * kVector; c < this->geometry.channels; c += threads.lanes * kVector) {
       const scalar_t* image = input.at(bin.is_nan() ? 0 : bin.image, c, 0, 0);
-      body(c, [&](int32_t row, int32_t column) {
-        return Vector<scalar_t, kVector>::at(image + row * input.row_stride + column * input.column_stride);
-      });
+      body(c, Pixels<scalar_t, kVector, true, int64_t>{image, input.row_stride, input.column_stride, 1});
     }
   }
 };
@@ -263,9 +312,9 @@ struct PoolVectors : OverVectors<scalar_t, kVector> {
   C10_HOST_DEVICE void run(const BinBlock& block, Shared& shared, const Threads& threads) const {
     this->locate_bins(block, shared, threads);
     for (uint32_t i = threads.group; i < block.count; i += threads.groups) {
-      this->each_vector(shared.bins[i], threads, [&](int64_t channel, const auto& values) {
+      this->each_vector(shared.bins[i], threads, [&](int64_t channel, const auto& pixels) {
         T sum[kVector];
-        shared.pool(i, values, sum);
+        shared.pool(i, pixels, sum);
         Vector<scalar_t, kVector> rounded;
         for (int c = 0; c < kVector; ++c) {
           rounded.values[c] = static_cast<scalar_t>(sum[c]);
@@ -300,12 +349,12 @@ struct MoveVectors : OverVectors<scalar_t, kVector> {
     for (uint32_t i = threads.group; i < block.count; i += threads.groups) {
       const int64_t roi = (block.first + i) / bins, index = (block.first + i) % bins;
       T move_y = 0, move_x = 0;
-      this->each_vector(shared.bins[i], threads, [&](int64_t channel, const auto& values) {
+      this->each_vector(shared.bins[i], threads, [&](int64_t channel, const auto& pixels) {
         T grad[kVector];
         for (int c = 0; c < kVector; ++c) {
           grad[c] = static_cast<T>(*grad_output.at(roi, channel + c, index));
         }
-        shared.add_moves(i, values, grad, move_y, move_x);
+        shared.add_moves(i, pixels, grad, move_y, move_x);
       });
       move_y = threads.sum(move_y), move_x = threads.sum(move_x);
       if (threads.lane == 0) write_moves(this->geometry, shared.bins[i], roi, index, move_y, move_x, grad_offset);
@@ -348,6 +397,13 @@ struct PatchShared {
   scalar_t values[kValues];
 };
 
+// A bin, and two channels of a patch that are worth one look at its weights. Without a second one the first is read
+// twice.
+struct Two {
+  uint32_t bin, first, second;
+  bool has_second;
+};
+
 template <typename scalar_t, int kOwn>
 struct OverPatches : RoIs<scalar_t> {
   using typename RoIs<scalar_t>::T;
@@ -379,9 +435,8 @@ struct OverPatches : RoIs<scalar_t> {
     return block;
   }
 
-  // Calls body(bin, lane, channel, values) for each bin and channel, with the function that gives the channel of a
-  // pixel; a thread has the same bins and lanes each time. Then, whenever some channels are done, done(first of these
-  // channels, how many).
+  // Calls body(two, first channel, pixels) for each bin and two of the channels from the first on; a thread has the
+  // same bins and channels each time. Whenever some channels are done, calls done(first of these channels, how many).
   template <typename Threads, typename Body, typename Done>
   C10_HOST_DEVICE void each_channel(const PatchBlock& block, Shared& shared, const Threads& threads, const Body& body,
                                     const Done& done) const {
@@ -391,23 +446,28 @@ struct OverPatches : RoIs<scalar_t> {
     const bool fits = patch.log_channels >= 0;
     const int64_t image = shared.located.bins[0].image < 0 ? 0 : shared.located.bins[0].image;
     const uint32_t log_channels = fits ? patch.log_channels : kLogPatchChannels, channels = 1 << log_channels;
+    const uint32_t log_lanes = log_channels > 0 ? log_channels - 1 : 0, lanes = 1 << log_lanes;
     for (int64_t first = block.first_channel; first < block.end_channel; first += channels) {
       const int64_t rest = block.end_channel - first;
       const uint32_t count = rest < channels ? rest : channels;
       if (fits) copy(patch, input.at(image, first, box.y.begin, box.x.begin), count, shared.values, threads);
       threads.sync();
-      for (uint32_t j = threads.index(); j < block.count << log_channels; j += threads.count()) {
-        const uint32_t i = j >> log_channels, lane = j & (channels - 1);
+      for (uint32_t j = threads.index(); j < block.count << log_lanes; j += threads.count()) {
+        const uint32_t i = j >> log_lanes, lane = j & (lanes - 1);
         if (lane >= count) continue;
+        const bool has_second = lanes < channels && lane + lanes < count;
+        const Two two = {i, lane, lane + lanes, has_second};
         if (fits) {
+          const int32_t width = box.x.size();
           const scalar_t* values = shared.values + lane * patch.channel_stride;
-          body(i, lane, first + lane, [&](int32_t row, int32_t column) {
-            return Vector<scalar_t, 1>::at(values + (row - box.y.begin) * box.x.size() + column - box.x.begin);
-          });
+          const int32_t to_second = has_second ? lanes * patch.channel_stride : 0;
+          body(two, first,
+               Pixels<scalar_t, 2, false, int32_t>{values - box.y.begin * width - box.x.begin, width, 1, to_second});
         } else {
-          body(i, lane, first + lane, [&](int32_t row, int32_t column) {
-            return Vector<scalar_t, 1>::at(input.at(image, first + lane, row, column));
-          });
+          const int64_t to_second = has_second ? lanes * input.channel_stride : 0;
+          body(two, first,
+               Pixels<scalar_t, 2, false, int64_t>{input.at(image, first + lane, 0, 0), input.row_stride,
+                                                   input.column_stride, to_second});
         }
       }
       threads.sync();
@@ -462,10 +522,11 @@ struct PoolPatches : OverPatches<scalar_t, 1> {
   C10_HOST_DEVICE void run(const PatchBlock& block, Shared& shared, const Threads& threads) const {
     this->each_channel(
         block, shared, threads,
-        [&](uint32_t i, uint32_t lane, int64_t channel, const auto& values) {
-          T sum[1];
-          shared.located.pool(i, values, sum);
-          shared.own[0][lane][i] = sum[0];
+        [&](const Two& two, int64_t, const auto& pixels) {
+          T sum[2];
+          shared.located.pool(two.bin, pixels, sum);
+          shared.own[0][two.first][two.bin] = sum[0];
+          if (two.has_second) shared.own[0][two.second][two.bin] = sum[1];
         },
         [&](int64_t first, uint32_t count) {
           for (uint32_t c = threads.group; c < count; c += threads.groups) {
@@ -493,11 +554,13 @@ struct MovePatches : OverPatches<scalar_t, 2> {
     }
     this->each_channel(
         block, shared, threads,
-        [&](uint32_t i, uint32_t lane, int64_t channel, const auto& values) {
-          const T grad[1] = {static_cast<T>(*grad_output.at(block.roi, channel, block.first + i))};
-          T y = move_y[lane][i], x = move_x[lane][i];
-          shared.located.add_moves(i, values, grad, y, x);
-          move_y[lane][i] = y, move_x[lane][i] = x;
+        [&](const Two& two, int64_t first, const auto& pixels) {
+          const scalar_t* grads = grad_output.at(block.roi, first, block.first + two.bin);
+          T grad[2] = {static_cast<T>(grads[two.first * grad_output.channel_stride]), 0};
+          if (two.has_second) grad[1] = static_cast<T>(grads[two.second * grad_output.channel_stride]);
+          T &y = move_y[two.first][two.bin], &x = move_x[two.first][two.bin], sum_y = y, sum_x = x;
+          shared.located.add_moves(two.bin, pixels, grad, sum_y, sum_x);
+          y = sum_y, x = sum_x;
         },
         [](int64_t, uint32_t) {});
     T* part = parts_of_grad_offset + block.channel_block * 2 * this->bins();
