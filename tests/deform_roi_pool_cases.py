@@ -100,7 +100,18 @@ CASES = {
     'many images': Case(batch=7, rois=11),
     'several blocks of channels': Case(channels=70),
     'vectors of channels': Case(channels=48, size=(6, 5), bins=(3, 2)),
+    'one bin of vectors': Case(channels=48, size=(6, 5), bins=(1, 1)),
+    # On CUDA: more pixels and weights than fit into shared memory, more bins and regions than a block has threads for.
+    'large regions': Case(channels=1, size=(95, 96), rois=4, bins=(7, 7), batch=1),
+    'many bins': Case(size=(8, 9), rois=4, bins=(9, 14)),
+    'many regions': Case(channels=2, size=(4, 5), rois=300, bins=(1, 2)),
 }
+
+
+def between_vectors(tensor: Tensor) -> Tensor:
+    """Give the tensor in memory that begins one element past a multiple of 16 bytes."""
+    memory = tensor.new_empty(tensor.numel() + 1)[1:]
+    return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) -> dict[str, Tensor]:

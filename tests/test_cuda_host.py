@@ -66,6 +66,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
             '-fPIC',
             '-U_FORTIFY_SOURCE',  # which takes a jump to another stack for an error
             '-fvisibility=hidden',
+            '-fsanitize=alignment',  # a GPU faults where a vector is not aligned
+            '-fno-sanitize-recover=alignment',
             '-DTORCH_TARGET_VERSION=0x020a000000000000',
             *(f'-isystem{path}' for path in include_paths()),
             '-xc++',
@@ -166,7 +168,7 @@ def test_deform_conv2d_reads_no_unaligned_vector(host: object, dtype: torch.dtyp
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('dtype', TOLERANCES)
-@pytest.mark.parametrize('name', ['defaults', 'no offsets', 'two samples', 'vectors of channels', 'no region'])
+@pytest.mark.parametrize('name', roi_pool.CASES)
 def test_deform_roi_pool_equals_the_cpu(
     host: object, name: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
@@ -190,6 +192,27 @@ def test_deform_roi_pool_equals_the_cpu(
             for ops in (host, torch.ops.mmdcn)
         )
         for pair in zip(*gradients, strict=True):
+            _compare(pair, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', TOLERANCES)
+@pytest.mark.parametrize('name', ['vectors of channels', 'one bin of vectors'])
+def test_deform_roi_pool_takes_tensors_that_begin_between_vectors(
+    host: object, name: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    call = roi_pool.CASES[name].draw(dtype)
+    settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
+    tensors = [call.input.contiguous(memory_format=memory_format), call.rois, call.offset]
+    tensors.append(roi_pool.draw_grad_output(call).contiguous(memory_format=memory_format))
+    for i in range(len(tensors)):
+        moved = [roi_pool.between_vectors(tensor) if i == j else tensor for j, tensor in enumerate(tensors)]
+        results = []
+        for ops in (host, torch.ops.mmdcn):
+            output = ops.deform_roi_pool(*moved[:3], call.output_size, *settings)
+            gradients = ops.deform_roi_pool_backward(moved[3], *moved[:3], *settings, (True, True), False)
+            results.append((output, *gradients))
+        for pair in zip(*results, strict=True):
             _compare(pair, TOLERANCES[dtype])
 
 

@@ -14,6 +14,7 @@ from deform_roi_pool_cases import (
     Call,
     Case,
     assert_close,
+    between_vectors,
     draw_grad_output,
     expected_gradients,
     gradients,
@@ -216,6 +217,24 @@ def test_every_mix_of_strides_gives_the_same_values(layout: str, device: str) ->
         grads = grad_output if arrange is expanded else arrange(grad_output)
         expected = expected_gradients(mixed.map(Tensor.contiguous), grad_output)
         assert_close(gradients(deform_roi_pool, mixed, grads), expected, call, grad_output)
+
+
+@each_dtype
+@pytest.mark.parametrize('name', ['vectors of channels', 'one bin of vectors'])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('moved', [['input'], ['grad_output'], ['input', 'rois', 'offset']], ids='+'.join)
+def test_tensors_may_begin_between_vectors(
+    moved: list[str], memory_format: torch.memory_format, name: str, dtype: torch.dtype, device: str
+) -> None:
+    call = CASES[name].draw(dtype, device)
+    call = replace(call, input=call.input.contiguous(memory_format=memory_format))
+    tensors = {'grad_output': draw_grad_output(call).contiguous(memory_format=memory_format)}
+    tensors |= {name: getattr(call, name) for name in ('input', 'rois', 'offset')}
+    tensors |= {name: between_vectors(tensors[name]) for name in moved}
+    grad_output = tensors.pop('grad_output')
+    call = replace(call, **tensors)
+    expected = expected_gradients(call, grad_output)
+    assert_close(gradients(deform_roi_pool, call, grad_output), expected, call, grad_output)
 
 
 @each_dtype

@@ -41,7 +41,7 @@ template <typename T>
 struct AxisWeight {
   T weight, slope;
 
-  C10_HOST_DEVICE bool is_zero() const { return weight == 0 && slope == 0; }
+  C10_HOST_DEVICE bool is_zero() const { return (weight == 0) & (slope == 0); }  // without a branch
 };
 
 // The samples of a bin along one axis: first + i * step, for i from 0 to count - 1. Any of them may be out of the

@@ -210,16 +210,23 @@ struct Threads {
 
   __device__ uint32_t index() const { return group * lanes + lane; }
   __device__ uint32_t count() const { return groups * lanes; }
+  __device__ uint32_t members() const { return 0xffffffff >> (kWarp - lanes) << (group * lanes % kWarp); }
 
   // Waits for all threads of the block, and sees what they have written.
   __device__ void sync() const { __syncthreads(); }
 
+  // Waits for the lanes of the group, and sees what they have written.
+  __device__ void sync_group() const { __syncwarp(members()); }
+
+  // A bit for each lane of the group. All of them must call it.
+  __device__ uint32_t ballot(bool vote) const { return __ballot_sync(members(), vote) >> (group * lanes % kWarp); }
+  __device__ uint32_t count_bits(uint32_t bits) const { return __popc(bits); }
+
   // The sum over the group. All of its lanes must call it.
   template <typename T>
   __device__ T sum(T value) const {
-    const uint32_t members = 0xffffffff >> (kWarp - lanes) << (group * lanes % kWarp);
     for (uint32_t distance = lanes / 2; distance > 0; distance /= 2) {
-      value += __shfl_xor_sync(members, value, distance);
+      value += __shfl_xor_sync(members(), value, distance);
     }
     return value;
   }

@@ -268,6 +268,20 @@ struct Threads {
   uint32_t count() const { return groups * lanes; }
   void sync() const { fibers.wait_for_block(); }
 
+  void sync_group() const { own.all.arrive_and_wait(); }
+
+  uint32_t ballot(bool vote) const {
+    own.values[lane] = vote;
+    own.all.arrive_and_wait();
+    uint32_t votes = 0;
+    for (uint32_t i = 0; i < lanes; ++i) {
+      votes |= static_cast<uint32_t>(own.values[i]) << i;
+    }
+    own.all.arrive_and_wait();
+    return votes;
+  }
+  uint32_t count_bits(uint32_t bits) const { return std::popcount(bits); }
+
   template <typename T>
   T sum(T value) const {
     const std::array<T, kWarp> values = exchange("sum", value);
