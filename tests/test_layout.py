@@ -62,3 +62,9 @@ def test_mmdcn_imports_neither_mmcv_nor_mmdet_before_they_are_needed() -> None:
     code = 'import sys, mmdcn; print(*{name.split(".")[0] for name in sys.modules})'
     packages = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
     assert not {'mmcv', 'mmdet'} & set(packages)
+
+
+def test_the_layers_need_nothing_of_the_engine() -> None:
+    code = 'import sys, mmdcn.modules; print(*sys.modules)'
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {name for name in loaded if name.startswith('mmdcn.engine')}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that configs name."""
 
-import mmdcn.engine.complexity  # noqa: F401  (so that mmengine counts what the layers compute)
+import mmdcn.modules.complexity  # noqa: F401  (so that mmengine counts what the layers compute)
 from mmdcn.modules.deform_conv2d import (
     DeformConv2d,
     DeformConv2dPack,
