@@ -3,18 +3,24 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from inspect import Parameter, signature
 from typing import Any
 
 from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.wrappers import Conv2d
-from mmdet.models.dense_heads.tood_head import TaskDecomposition
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mmdcn import modules
+
+_TAKEN_APART: tuple[type[nn.Module], ...] = ()
+with suppress(ImportError):  # mmdet is optional
+    from mmdet.models.dense_heads.tood_head import TaskDecomposition
+
+    _TAKEN_APART = (TaskDecomposition,)
 
 # What these give is linear in the weight and the bias. That is not so for every subclass: mmcv's ConvWS2d, for one.
 _CONVS = {
@@ -77,7 +83,7 @@ class _Tracer(fx.Tracer):
 
 
 def _holders_of_norms(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, TaskDecomposition):
+    if isinstance(module, _TAKEN_APART):
         return
     if any(type(part).forward in _NORMS for part in _parts(module)):
         yield module

@@ -10,11 +10,17 @@ from mmdcn.modules.deform_conv2d import (
 )
 from mmdcn.modules.deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 
+DCN = DeformConv2dPack
+DCNv2 = ModulatedDCN = ModulatedDeformConv2dPack
+
 __all__ = [
+    'DCN',
+    'DCNv2',
     'DeformConv2d',
     'DeformConv2dPack',
     'DeformRoIPool',
     'DeformRoIPoolPack',
+    'ModulatedDCN',
     'ModulatedDeformConv2d',
     'ModulatedDeformConv2dPack',
     'ModulatedDeformRoIPoolPack',
