@@ -116,7 +116,7 @@ sys.modules['mmdet'] = None
 from mmengine.registry import init_default_scope
 from mmseg.models.backbones import ResNetV1c
 init_default_scope('mmseg')
-backbone = ResNetV1c(depth=50, base_channels=4, dcn=dict(type='mmdcn.DCNv2'), stage_with_dcn=(False, False, False, True))
+backbone = ResNetV1c(depth=50, base_channels=4, dcn=dict(type='mmdcn.DCNv2'), stage_with_dcn=(0, 0, 0, 1))
 print(type(backbone.layer4[0].conv2))
 """
 
