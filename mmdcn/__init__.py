@@ -41,7 +41,18 @@ _LAZY = {
     'unpatch_mmdet': 'mmdcn.patching',
     'zoo': 'mmdcn.checkpoints',
 }
-_PACKAGES = ('checkpoints', 'datasets', 'engine', 'models', 'modules', 'onnx', 'visualization')
+_PACKAGES = (
+    'apis',
+    'checkpoints',
+    'datasets',
+    'engine',
+    'models',
+    'modules',
+    'onnx',
+    'registry',
+    'utils',
+    'visualization',
+)
 
 __all__ = ['__version__', 'ops', 'reference', *sorted((*_LAZY, *_PACKAGES))]
 
