@@ -11,7 +11,7 @@ WORK_DIR := work_dirs/$(notdir $(CONFIG:.py=))
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-openmmlab zoo-check lint setup bench sanitize wheel gpu-check clean
+.PHONY: demo test test-openmmlab test-torchvision zoo-check lint setup bench sanitize wheel gpu-check clean
 
 demo: $(WORK_DIR)/demo.png
 	@cat $(WORK_DIR)/results.txt
@@ -24,6 +24,16 @@ test: $(VENV)/core.stamp
 # The same on OpenMMLab's own last releases, in an environment of their own.
 test-openmmlab:
 	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
+
+# The comparisons with torchvision. Its 0.29 needs torch 2.14, which has only builds for CUDA, of some gigabytes: so it is not
+# in the environment of `make test`. The core is the one that was built there.
+TORCHVISION := .venv-torchvision/bin
+test-torchvision: $(VENV)/core.stamp
+	@echo "== Setting up .venv-torchvision: some gigabytes =="
+	$(PYTHON) -m venv .venv-torchvision
+	$(TORCHVISION)/pip --disable-pip-version-check install -r requirements/torchvision.txt
+	$(TORCHVISION)/python -c 'import torch, torchvision.ops; print("torch", torch.__version__, "torchvision", torchvision.__version__)'
+	PYTHONPATH=. $(TORCHVISION)/python -m pytest -k torchvision tests/test_deform_conv2d.py tests/test_deform_roi_pool.py
 
 # Every checkpoint of the zoo gives the average precision that its metafile says.
 zoo-check: $(VENV)/core.stamp data/mnist_scenes data/neon_trees

@@ -13,10 +13,19 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_py import build_py
-from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
+import setuptools
+
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which pip does not heed without isolation
+if int(setuptools.__version__.split('.')[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f'mmdcn is built with setuptools {OLDEST_SETUPTOOLS} or later, got {setuptools.__version__}. '
+        f"Upgrade it with `pip install 'setuptools>={OLDEST_SETUPTOOLS},<82'`"
+    )
+
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths  # noqa: E402
 
 TORCH_TARGET_VERSION = '0x020a000000000000'  # 2.10
 CUDA_ARCHITECTURES = (80, 90, 100, 120)  # and PTX of the last for those to come

@@ -2,7 +2,7 @@
 """Deformable convolution for MMDetection.
 
 `mmdcn.ops` and `mmdcn.reference` need torch alone. Whatever speaks OpenMMLab is imported when it is first used:
-by name (`mmdcn.modules`, `mmdcn.patch_mmdet`), or by a config that says `type='mmdcn.DCNv2'`.
+by name (`mmdcn.DCNv2`, `mmdcn.modules`, `mmdcn.patch_mmdet`), or by a config that says `type='mmdcn.DCNv2'`.
 """
 
 from contextlib import suppress
@@ -12,20 +12,49 @@ from typing import Any
 from mmdcn import ops, reference
 from mmdcn.version import __version__
 
+_LAYERS = (
+    'DCN',
+    'DCNv2',
+    'DeformConv2d',
+    'DeformConv2dPack',
+    'DeformRoIPool',
+    'DeformRoIPoolPack',
+    'ModulatedDCN',
+    'ModulatedDeformConv2d',
+    'ModulatedDeformConv2dPack',
+    'ModulatedDeformRoIPoolPack',
+)
 _LAZY = {
+    **dict.fromkeys(_LAYERS, 'mmdcn.modules'),
     'DCNOptimWrapperConstructor': 'mmdcn.engine',
     'DetInferencer': 'mmdcn.apis',
-    'ResNet': 'mmdcn.models',
-    'SingleRoIExtractor': 'mmdcn.models',
-    'convert_model': 'mmdcn.patching',
-    'fuse_conv_bn': 'mmdcn.models',
+    'EpochSeedHook': 'mmdcn.engine',
+    'FSDPStrategy': 'mmdcn.engine',
+    'LoadImageFromFile': 'mmdcn.datasets',
+    'ResNet': 'mmdcn.models.resnet',
+    'ResNetV1d': 'mmdcn.models.resnet',
+    'SingleRoIExtractor': 'mmdcn.models.roi_extractor',
+    'convert_model': 'mmdcn.converting',
+    'fuse_conv_bn': 'mmdcn.models.fuse_conv_bn',
     'layouts': 'mmdcn.checkpoints',
     'patch_mmdet': 'mmdcn.patching',
     'unpatch_mmdet': 'mmdcn.patching',
     'zoo': 'mmdcn.checkpoints',
 }
+_PACKAGES = (
+    'apis',
+    'checkpoints',
+    'datasets',
+    'engine',
+    'models',
+    'modules',
+    'onnx',
+    'registry',
+    'utils',
+    'visualization',
+)
 
-__all__ = ['__version__', 'ops', 'reference', *sorted(_LAZY)]
+__all__ = ['__version__', 'ops', 'reference', *sorted((*_LAZY, *_PACKAGES))]
 
 with suppress(ImportError):  # mmengine is optional
     from mmengine.config.utils import MODULE2PACKAGE
@@ -36,6 +65,8 @@ with suppress(ImportError):  # mmengine is optional
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f'mmdcn.{name}')
     if name not in _LAZY:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(import_module(_LAZY[name]), name)

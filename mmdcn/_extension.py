@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 _CPU_LIBRARIES = {'AVX512': '_C_avx512', 'AVX2': '_C_avx2'}
-_OLDEST_TORCH = '2.10'
+_OLDEST_TORCH = (2, 10)
 _OLDEST_CAPABILITY = (8, 0)  # the first of CUDA_ARCHITECTURES in setup.py
 _BUILD = 'Build it with `pip install --no-build-isolation .` in a checkout of mmdcn'
 
@@ -24,10 +24,12 @@ def load() -> None:
         ImportError: If torch is too old, or the CPU library is missing or does not load.
     """
     global _cuda_error
-    if torch.__version__ < _OLDEST_TORCH:
+    # Of the version the numbers alone: a build on the way to 2.10, as vendors' images have, is 2.10.0a0+….
+    if tuple(map(int, torch.__version__.split('.')[:2])) < _OLDEST_TORCH:
+        oldest = '.'.join(map(str, _OLDEST_TORCH))
         raise ImportError(
-            f'mmdcn needs torch {_OLDEST_TORCH} or later, for its stable ABI, got torch {torch.__version__}. '
-            f"Upgrade it with `pip install 'torch>={_OLDEST_TORCH}'`"
+            f'mmdcn needs torch {oldest} or later, for its stable ABI, got torch {torch.__version__}. '
+            f"Upgrade it with `pip install 'torch>={oldest}'`"
         )
     # torch knows what the processor has, and its ATEN_CPU_CAPABILITY turns it down.
     _load_library(_CPU_LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), '_C'))

@@ -3,13 +3,15 @@
 
     torch.onnx.export(model, arguments, path, dynamo=True, custom_translation_table=mmdcn.onnx.TRANSLATIONS)
 
-This module needs `onnxscript`, as torch's exporter does. `DeformConv` is of opset 19; torch's default is later.
+This module needs `onnxscript`, as torch's exporter does. `DeformConv` is of opset 19; an export to an earlier one is
+refused.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from onnxscript import evaluator
 from onnxscript import opset19 as op
 
 
@@ -30,6 +32,12 @@ def _deform_conv2d(
         raise ValueError(
             f"ONNX's DeformConv has one type, got {input.dtype} for input and {offset.dtype} for offset: "
             'export the model without autocast'
+        )
+    recorder: Any = evaluator.default()  # the exporter's, which takes 18 for anything earlier
+    if recorder.opset.version < op.version:
+        raise ValueError(
+            f'ONNX has DeformConv from opset {op.version} on, got opset_version {recorder.opset.version} or earlier: '
+            f'export with opset_version={op.version} or later'
         )
     return op.DeformConv(
         input, weight, offset, bias, mask,

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run on mmdcn what was written for mmcv's deformable convolutions: unchanged configs, mmdet's code, built models."""
+"""Run on mmdcn what was written for mmcv's deformable convolutions: unchanged configs of mmdet, and its code."""
 
-import math
 import sys
-from collections import Counter
 from typing import Any
 
 import mmcv.ops
@@ -11,16 +9,14 @@ import mmdet.models  # noqa: F401  (so that patch_mmdet finds all of its modules
 import mmengine.registry
 import torch
 from mmdet.registry import MODELS
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmdcn import modules, ops
-from mmdcn.checkpoints import accept_version1_keys
+from mmdcn import ops
+from mmdcn.converting import LAYERS, ROI_LAYERS, say
 from mmdcn.modules.deform_conv2d import without_autocast
-from mmdcn.modules.predictors import make_predictors
 from mmdcn.ops._arguments import overridable
-from mmdcn.reference.conv2d import output_shape
 
+SWITCHES = ('mmdcn.overrides', 'mmdcn.patched')  # whose import is the switch
 Sizes = int | tuple[int, int]  # one for both axes, or (y, x)
 
 
@@ -46,43 +42,7 @@ def _deform_conv2d(
         return ops.deform_conv2d(input, offset, weight, None, stride, padding, dilation)
 
 
-class _ModulatedDeformConv2d(modules.ModulatedDeformConv2d):
-    """Take offsets and masks for more positions than the output has, as mmcv's layer does.
-
-    DyHead and GLIP give the features of a coarser level the offsets and masks of a finer one. mmcv then takes the
-    first numbers of each image, row by row, for those of a smaller map; weights trained so need them so.
-    """
-
-    def forward(
-        self,
-        x: Tensor,  # [B, C_in, H, W]
-        offset: Tensor,  # [B, 2*G*K, >= H_out, >= W_out]
-        mask: Tensor,  # [B, G*K, >= H_out, >= W_out]
-    ) -> Tensor:  # [B, C_out, H_out, W_out]
-        size = output_shape(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
-        return super().forward(x, _first(offset, size), _first(mask, size))
-
-
-def _first(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if maps.shape[2:].numel() <= math.prod(size):
-        return maps  # right, or for the operator to refuse
-    count = maps.shape[1] * math.prod(size)
-    return maps.flatten(1)[:, :count].unflatten(1, (maps.shape[1], *size))
-
-
-_ROI_LAYERS: dict[type, type[nn.Module]] = {
-    mmcv.ops.DeformRoIPool: modules.DeformRoIPool,
-    mmcv.ops.DeformRoIPoolPack: modules.DeformRoIPoolPack,
-    mmcv.ops.ModulatedDeformRoIPoolPack: modules.ModulatedDeformRoIPoolPack,
-}
-_LAYERS: dict[type, type[nn.Module]] = {
-    mmcv.ops.DeformConv2d: modules.DeformConv2d,
-    mmcv.ops.DeformConv2dPack: modules.DeformConv2dPack,
-    mmcv.ops.ModulatedDeformConv2d: _ModulatedDeformConv2d,
-    mmcv.ops.ModulatedDeformConv2dPack: modules.ModulatedDeformConv2dPack,
-    **_ROI_LAYERS,
-}
-_REPLACEMENTS: dict[Any, Any] = {**_LAYERS, mmcv.ops.deform_conv2d: _deform_conv2d}
+_REPLACEMENTS: dict[Any, Any] = {**LAYERS, mmcv.ops.deform_conv2d: _deform_conv2d}
 
 
 def override_names() -> None:
@@ -94,7 +54,7 @@ def override_names() -> None:
     Raises:
         KeyError: If something else has registered one of the names in `mmdet.registry.MODELS`.
     """
-    _say('On mmdcn now', _override_names())
+    say('On mmdcn now', _override_names())
 
 
 def patch_mmdet() -> None:
@@ -108,56 +68,24 @@ def patch_mmdet() -> None:
     Raises:
         KeyError: If something else has registered `DCN` or `DCNv2` in `mmdet.registry.MODELS`.
     """
-    _say('On mmdcn now', _override_names() + _rebind(_REPLACEMENTS))
+    say('On mmdcn now', _override_names() + _rebind(_REPLACEMENTS))
 
 
 def unpatch_mmdet() -> None:
-    """Undo `patch_mmdet` and `mmdcn.overrides`, and log it; what was built in between stays on mmdcn."""
-    restored = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
-    _say('On mmcv again', _restore_names() + _rebind(restored))
+    """Undo `patch_mmdet` and `mmdcn.overrides`, and log it; what was built in between stays on mmdcn.
 
-
-def convert_model(model: nn.Module) -> nn.Module:
-    """Turn every deformable layer of mmcv's in a built model into mmdcn's, and log it.
-
-    The modules and parameters stay the very same objects, so optimizers, hooks and wrappers around the model remain
-    valid, and checkpoints of mmdet 1 load. A subclass of mmcv's layers by another package is left alone, and named in
-    the log. The functions that TOOD and SAC call are no layers: `patch_mmdet` reaches those.
-
-    Args:
-        model: A model, wrapped or not, or a layer.
-
-    Returns:
-        The model itself.
+    A later config that imports `mmdcn.overrides` or `mmdcn.patched` switches on again.
     """
-    converted: Counter[str] = Counter()
-    left_alone = []
-    for name, module in model.named_modules():
-        layer = _LAYERS.get(type(module))
-        if layer is not None:
-            converted[type(module).__name__] += 1
-            _convert(module, layer)
-        elif isinstance(module, tuple(_LAYERS)) and not isinstance(module, tuple(_LAYERS.values())):
-            left_alone.append(f'{name or "the model"}: {type(module).__module__}.{type(module).__qualname__}')
-    accept_version1_keys(model)
-    _say('On mmdcn now', [f'{count} {name}' for name, count in converted.items()])
-    _say('Left as they are, because they may differ from the layers of mmcv that they derive from', left_alone)
-    return model
-
-
-def _convert(module: nn.Module, layer: type[nn.Module]) -> None:
-    # The class makes the whole difference: mmdcn's derives from mmcv's, and reads the same attributes, but for the
-    # bias that mmcv's DCNv1 never has.
-    module.__class__ = layer
-    make_predictors(module)
-    if isinstance(module, mmcv.ops.DeformConv2d) and not hasattr(module, 'bias'):
-        module.register_parameter('bias', None)
+    restored = {ours: theirs for theirs, ours in _REPLACEMENTS.items()}
+    say('On mmcv again', _restore_names() + _rebind(restored))
+    for name in SWITCHES:
+        sys.modules.pop(name, None)
 
 
 def _names() -> dict[str, type[nn.Module]]:
     """Give mmdcn's layer for each name under which mmcv has registered one of its own."""
     registered = mmengine.registry.MODELS.module_dict.items()
-    return {name: _LAYERS[layer] for name, layer in registered if layer in _LAYERS}
+    return {name: LAYERS[layer] for name, layer in registered if layer in LAYERS}
 
 
 def _override_names() -> list[str]:
@@ -176,7 +104,7 @@ def _restore_names() -> list[str]:
 
 def _rebind(replacements: dict[Any, Any]) -> list[str]:
     """Replace objects in the namespaces of mmdet and of mmcv's SAC, and RoI layers in mmcv.ops; tell where."""
-    roi_layers = {*_ROI_LAYERS, *_ROI_LAYERS.values()}
+    roi_layers = {*ROI_LAYERS, *ROI_LAYERS.values()}
     places = [
         (module, name, new)
         for module_name, module in sys.modules.items()
@@ -188,8 +116,3 @@ def _rebind(replacements: dict[Any, Any]) -> list[str]:
     for module, name, new in places:
         setattr(module, name, new)
     return [f'{module.__name__}: {name}' for module, name, _ in places]
-
-
-def _say(what: str, items: list[str]) -> None:
-    if items:
-        print_log('\n  '.join([f'{what}:', *items]), logger='current')

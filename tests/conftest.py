@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -64,5 +63,3 @@ def mmdet_as_it_was() -> Iterator[None]:
     from mmdcn import unpatch_mmdet
 
     unpatch_mmdet()
-    for name in ('mmdcn.overrides', 'mmdcn.patched'):
-        sys.modules.pop(name, None)

@@ -196,3 +196,12 @@ def test_a_deformable_detector_counts_as_more_than_a_plain_one() -> None:
     assert deformable - plain == sum(2 * positions * 9 * channels * (27 + 4) for channels, positions in layers)
     lost = sum(2 * positions * 9 * channels * (channels - 27) for channels, positions in layers)
     assert plain - theirs == lost, MENDED
+
+
+@pytest.mark.parametrize(('sampling_ratio', 'samples'), [(3, 9), (0, 1)])
+def test_roi_pooling_counts_four_multiply_adds_for_each_sample(sampling_ratio: int, samples: int) -> None:
+    layer = modules.DeformRoIPool((2, 3), sampling_ratio=sampling_ratio)
+    inputs = (torch.randn(2, 4, 5, 7), torch.tensor([[0, 1.0, 1.0, 4.0, 3.0]] * 5))
+    info = get_model_complexity_info(layer, None, inputs=inputs, show_table=False, show_arch=False)
+    bins = 5 * 4 * 2 * 3
+    assert (info['flops'], info['activations']) == (4 * samples * bins, bins)

@@ -61,13 +61,24 @@ def test_a_core_that_does_not_load_is_named_with_the_reason_and_the_way_to_build
     assert BUILD in result.stderr
 
 
-def test_a_torch_that_is_too_old_is_named_with_the_way_to_upgrade_it(package: Path) -> None:
-    code = 'import torch; torch.__version__ = type(torch.__version__)("2.9.1"); import mmdcn'
-    result = run(package, code)
+def import_with_torch(version: str, package: Path) -> subprocess.CompletedProcess:
+    return run(package, f'import torch; torch.__version__ = type(torch.__version__)({version!r}); import mmdcn')
+
+
+@pytest.mark.parametrize('version', ['2.9.1', '2.9.1+cu130', '1.13.1'])
+def test_a_torch_that_is_too_old_is_named_with_the_way_to_upgrade_it(version: str, package: Path) -> None:
+    result = import_with_torch(version, package)
     assert result.returncode != 0
     assert 'mmdcn needs torch 2.10 or later' in result.stderr
-    assert 'got torch 2.9.1' in result.stderr
+    assert f'got torch {version}' in result.stderr
     assert "pip install 'torch>=2.10'" in result.stderr
+
+
+@pytest.mark.parametrize('version', ['2.10.0a0+b4e4ee81d3.nv25.12', '2.10.0.dev20251001+cpu', '2.10.0rc1', '3.0.0'])
+def test_a_build_on_the_way_to_the_oldest_torch_is_taken(version: str, package: Path) -> None:
+    add_cpu_libraries(package)
+    result = import_with_torch(version, package)
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_the_cuda_library_the_cpu_works_and_a_gpu_is_told_why_not(package: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from mmdet.models import Res2Net
+from mmengine.logging import MMLogger
 from small_detectors import build, faster_rcnn_config, fcos_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -190,6 +191,27 @@ def test_only_a_norm_that_takes_all_of_a_convolution_is_fused(name: str, layer: 
     model = trained(Block(use, layer))
     assert error(fuse_conv_bn, model, torch.randn(2, 4, 5, 7)) < ROUNDING
     assert norms(fuse_conv_bn(model)) == left
+
+
+@pytest.mark.parametrize(
+    ('use', 'reason'),
+    [
+        (TRAPS['a choice by the data'][0], 'TraceError: symbolically traced variables cannot be used'),
+        (lambda b, x: b.norm1(b.conv1(x + len(x.tolist()))), 'RuntimeError: '),
+        (lambda b, x: b.norm1(b.conv1(x.to(b.missing))), "AttributeError: 'Block' object has no attribute 'missing'"),
+    ],
+)
+def test_a_module_that_cannot_be_traced_is_named_with_the_reason(
+    use: Callable, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    fuse_conv_bn(nn.ModuleDict(dict(traced=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), odd=Block(use))))
+    logger.removeHandler(caplog.handler)
+    (record,) = caplog.records
+    assert record.levelname == 'WARNING'
+    assert record.message.startswith('The normalizations of odd (Block) are not fused: its forward cannot be traced: ')
+    assert reason in record.message
 
 
 def with_two_names(part: str) -> nn.Module:

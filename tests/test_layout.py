@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import Registry
 
 import mmdcn
+from mmdcn import registry
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = [path.stem for path in (ROOT / 'csrc/ops').glob('*.cpp')]
@@ -62,3 +64,70 @@ def test_mmdcn_imports_neither_mmcv_nor_mmdet_before_they_are_needed() -> None:
     code = 'import sys, mmdcn; print(*{name.split(".")[0] for name in sys.modules})'
     packages = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
     assert not {'mmcv', 'mmdet'} & set(packages)
+
+
+def test_the_layers_need_nothing_of_the_engine() -> None:
+    code = 'import sys, mmdcn.modules; print(*sys.modules)'
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {name for name in loaded if name.startswith('mmdcn.engine')}
+
+
+def test_every_registered_name_and_every_package_is_an_attribute_of_mmdcn() -> None:
+    registries = [value for value in vars(registry).values() if isinstance(value, Registry) and value.scope == 'mmdcn']
+    registered: dict[str, type] = {}
+    for each in registries:
+        each.import_from_location()
+        registered |= each.module_dict
+    assert len(registries) == 5 and len(registered) > 15
+    for name, value in registered.items():
+        assert getattr(mmdcn, name) is value, name
+        assert name in mmdcn.__all__
+    for name in mmdcn.__all__:
+        assert getattr(mmdcn, name) is not None
+
+
+WITHOUT_MMDET = """
+import sys
+sys.modules['mmdet'] = None  # as where it is not installed
+import mmcv.ops, mmdcn, torch
+from mmcv.cnn import build_conv_layer
+from torch import nn
+layer = build_conv_layer(dict(type='mmdcn.DCNv2'), 4, 6, kernel_size=3)
+assert type(layer) is mmdcn.DCNv2
+theirs = mmcv.ops.DeformConv2dPack(6, 4, 3)
+assert mmdcn.convert_model(theirs) is theirs and type(theirs) is mmdcn.DCN
+model = mmdcn.fuse_conv_bn(nn.Sequential(layer, nn.BatchNorm2d(6), theirs).eval())
+assert type(model[1]) is nn.Identity
+with mmdcn.visualization.SamplingRecorder(model) as recorder:
+    model(torch.zeros(1, 4, 8, 9))
+assert len(recorder.layers) == 2
+from mmengine.optim import build_optim_wrapper
+build_optim_wrapper(model, dict(constructor='mmdcn.DCNOptimWrapperConstructor', optimizer=dict(type='SGD', lr=1.0)))
+"""
+
+
+def test_without_mmdet_the_layers_and_conversions_work() -> None:
+    subprocess.run([sys.executable, '-c', WITHOUT_MMDET], check=True)
+
+
+OF_MMSEG = """
+import sys
+sys.modules['mmdet'] = None
+from mmengine.registry import init_default_scope
+from mmseg.models.backbones import ResNetV1c
+init_default_scope('mmseg')
+backbone = ResNetV1c(depth=50, base_channels=4, dcn=dict(type='mmdcn.DCNv2'), stage_with_dcn=(0, 0, 0, 1))
+print(type(backbone.layer4[0].conv2))
+"""
+
+
+def test_without_mmdet_a_model_of_mmseg_has_the_layers() -> None:
+    pytest.importorskip('mmseg')
+    result = subprocess.run([sys.executable, '-c', OF_MMSEG], check=True, capture_output=True, text=True)
+    assert 'mmdcn.modules.deform_conv2d.ModulatedDeformConv2dPack' in result.stdout
+
+
+def test_without_mmdet_what_derives_from_it_says_so() -> None:
+    code = "import sys; sys.modules['mmdet'] = None; import mmdcn; mmdcn.ResNet"
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+    assert 'mmdet' in result.stderr.splitlines()[-1]

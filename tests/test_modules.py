@@ -3,8 +3,10 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import mmcv.ops
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from mmcv.cnn import build_conv_layer
 from mmdet.models.backbones import ResNet
 from mmengine.optim import build_optim_wrapper
 
-from mmdcn import modules
+from mmdcn import modules, ops, reference
 
 LAYERS = {
     'DCN': (modules.DeformConv2dPack, mmcv.ops.DeformConv2dPack),
@@ -53,6 +55,40 @@ def test_a_random_state_dict_gives_the_output_and_the_gradients_of_mmcv(name: st
     for got, expected in zip(*gradients, strict=True):
         # A gradient sums over up to 2 * 63 positions as well: 126 times as many products.
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+INTEGERS = [np.int64, np.uint8, torch.tensor]
+
+
+@pytest.mark.parametrize('integer', INTEGERS)
+def test_every_kind_of_integer_is_an_argument_of_a_function(integer: Callable) -> None:
+    torch.manual_seed(0)
+    x, offset, weight = torch.randn(1, 4, 7, 9), torch.randn(1, 18, 4, 9), torch.randn(6, 4, 3, 3)
+    rois, one, two = torch.tensor([[0, 1.0, 1.0, 4.0, 3.0]]), integer(1), integer(2)
+    torch.testing.assert_close(
+        ops.deform_conv2d(x, offset, weight, stride=(two, one), padding=one, dilation=one),
+        ops.deform_conv2d(x, offset, weight, stride=(2, 1), padding=1),
+        rtol=0, atol=0,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        ops.deform_roi_pool(x, rois, None, (two, 3), sampling_ratio=two),
+        ops.deform_roi_pool(x, rois, None, (2, 3), sampling_ratio=2),
+        rtol=0, atol=0,
+    )  # fmt: skip
+    assert ops.deform_roi_pool(x, rois, None, two).shape == reference.deform_roi_pool(x, rois, None, two).shape
+
+
+@pytest.mark.parametrize('integer', INTEGERS[:2])
+@pytest.mark.parametrize('name', LAYERS)
+def test_every_kind_of_integer_is_an_argument_of_a_layer(name: str, integer: Callable) -> None:
+    one, two, three = map(integer, (1, 2, 3))
+    layer = LAYERS[name][0](4, 6, three, stride=two, padding=(one, one), dilation=one, groups=two, deform_groups=two)
+    plain = LAYERS[name][0](4, 6, 3, stride=2, padding=1, groups=2, deform_groups=2)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 4, 7, 9)
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=0)
+    rois = torch.tensor([[0, 1.0, 1.0, 4.0, 3.0]])
+    assert modules.DeformRoIPoolPack(two, 4, 8, sampling_ratio=two)(x, rois).shape == (1, 4, 2, 2)
 
 
 @pytest.mark.parametrize('name', [*LAYERS, 'ModulatedDCN'])

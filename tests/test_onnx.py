@@ -90,3 +90,21 @@ def test_two_types_in_one_call_are_refused(tmp_path: Path) -> None:
     (cause,) = (cause for cause in causes(error.value) if isinstance(cause, ValueError))
     assert 'export the model without autocast' in str(cause)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('opset', [16, 18])
+def test_an_opset_without_deform_conv_is_refused_and_leaves_no_file(opset: int, tmp_path: Path) -> None:
+    call = CASES['everything at once'].draw(torch.float32)
+    inputs = (call.input, call.offset, call.mask)
+    with pytest.raises(torch.onnx.OnnxExporterError, match='export with opset_version=19 or later'):
+        export(Layer(call), inputs, tmp_path / 'layer.onnx', opset_version=opset)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('opset', [19, 22])
+def test_an_opset_with_deform_conv_gives_a_file_that_runs(opset: int, tmp_path: Path) -> None:
+    call = CASES['everything at once'].draw(torch.float32)
+    inputs = (call.input, call.offset, call.mask)
+    export(Layer(call), inputs, tmp_path / 'layer.onnx', opset_version=opset)
+    (output,) = run(tmp_path / 'layer.onnx', inputs)
+    assert_close({'output': output}, {'output': call.map(Tensor.double)(reference.deform_conv2d)}, call)

@@ -4,8 +4,12 @@
 `make wheel` runs this on the installed wheel too, where MIM is at hand.
 """
 
+import ensurepip
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +30,7 @@ MODELS = [
     for metafile in Config.fromfile(MIM / 'model-index.yml').Import
     for model in Config.fromfile(MIM / metafile).Models
 ]
+checkout = pytest.mark.skipif(not (ROOT / 'setup.py').exists(), reason='not a checkout')
 needs_mim = pytest.mark.skipif(find_spec('mim') is None, reason='MIM is not installed')
 
 
@@ -127,7 +132,7 @@ def test_mim_puts_a_config_beside_the_checkpoint_that_the_zoo_has_fetched(
     init_detector(str(checkpoint.with_name(f'{name}.py')), str(checkpoint), device='cpu')
 
 
-@pytest.mark.skipif(not (ROOT / 'setup.py').exists(), reason='not a checkout')
+@checkout
 def test_every_config_and_tool_travels_in_a_wheel(tmp_path: Path) -> None:
     command = [sys.executable, 'setup.py', '--quiet', 'build_py', '--build-lib', str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -136,3 +141,39 @@ def test_every_config_and_tool_travels_in_a_wheel(tmp_path: Path) -> None:
     assert tracked
     for name in tracked:
         assert (tmp_path / 'mmdcn/.mim' / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+@checkout
+def test_what_travels_in_an_sdist_builds_and_needs_no_checkout(tmp_path: Path) -> None:
+    command = ['setup.py', '--quiet', 'egg_info', '--egg-base', tmp_path, 'sdist', '--dist-dir', tmp_path]
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    (archive,) = tmp_path.glob('*.tar.gz')
+    with tarfile.open(archive) as sdist:
+        names = {name.partition('/')[2] for name in sdist.getnames()}
+    assert {
+        'setup.py',
+        'pyproject.toml',
+        'README.md',
+        'LICENSE',
+        'csrc/ops/deform_conv2d.cpp',
+        'model-index.yml',
+    } <= names
+    # The tests ask git for the files, and read the pages and results, which are not there.
+    assert not [name for name in names if name.startswith(('tests', 'docs', 'experiments'))]
+
+
+@checkout
+@pytest.mark.parametrize('version', ['65.5.0', '76.1.0'])
+def test_a_setuptools_that_is_too_old_is_named_with_the_way_to_upgrade_it(version: str, tmp_path: Path) -> None:
+    for wheel in Path(ensurepip.__file__).parent.glob(f'_bundled/setuptools-{version}-*.whl'):
+        shutil.unpack_archive(wheel, tmp_path, 'zip')  # what a fresh environment of Python 3.11 has
+    if not list(tmp_path.iterdir()):
+        (tmp_path / 'setuptools.py').write_text(f'__version__ = {version!r}')
+    env = dict(os.environ, PYTHONPATH=str(tmp_path))
+    result = subprocess.run(
+        [sys.executable, 'setup.py', '--version'], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith(f'mmdcn is built with setuptools 77 or later, got {version}. ')
+    assert "pip install 'setuptools>=77,<82'" in message

@@ -112,7 +112,6 @@ def in_the_scope_of_mmdet_unpatched() -> Iterator[None]:
     with DefaultScope.overwrite_default_scope('mmdet'):
         yield
     mmdcn.unpatch_mmdet()
-    sys.modules.pop('mmdcn.overrides', None)
 
 
 @pytest.fixture
@@ -268,6 +267,27 @@ def test_one_line_turns_every_layer_of_an_unchanged_config_over(way: str, tmp_pa
     # 13 in the backbone, and one before the classes and one before the boxes in the head.
     layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
     assert [type(layer) for layer in layers] == [modules.ModulatedDeformConv2dPack] * 15
+
+
+def dyhead_of_a_config(switch: str, folder: Path) -> nn.Module:
+    path = folder / 'config.py'
+    path.write_text(f"custom_imports = dict(imports=['{switch}'])\nlayer = dict(type='DCNv2')\n")
+    args = argparse.Namespace(config=path, cfg_options=None, launcher='none', local_rank=0, work_dir='')
+    layer = build_conv_layer(load_config(args).layer, 4, 4, kernel_size=3)
+    return nn.ModuleList([layer, *BY_IMPORT['DyHead'].build().modules()])
+
+
+@pytest.mark.parametrize('second', ['mmdcn.overrides', 'mmdcn.patched'])
+@pytest.mark.parametrize('first', ['mmdcn.overrides', 'mmdcn.patched'])
+def test_after_an_unpatch_each_further_config_switches_on_again(first: str, second: str, tmp_path: Path) -> None:
+    for switch in (first, second, second):
+        layers = [layer for layer in dyhead_of_a_config(switch, tmp_path).modules() if isinstance(layer, LAYERS)]
+        ours = [type(layer).__module__.startswith('mmdcn') for layer in layers]
+        assert ours == [True] + [switch == 'mmdcn.patched'] * (len(ours) - 1)
+        assert len(ours) > 1
+        mmdcn.unpatch_mmdet()
+        plain = build_conv_layer(dict(type='DCNv2'), 4, 4, kernel_size=3)
+        assert type(plain) is mmcv.ops.ModulatedDeformConv2dPack
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
-from mmdcn import modules, ops, patching
+from mmdcn import converting, modules, ops, patching
 
 CONV = dict(in_channels=4, out_channels=6, kernel_size=3, padding=1)
 PACKS = ['DeformConv2dPack', 'ModulatedDeformConv2dPack']
@@ -70,7 +70,7 @@ ROI = dict(output_size=(2, 3), output_channels=4, deform_fc_channels=8)
 FROM_OUTSIDE = {
     'DeformConv2d': (lambda: modules.DeformConv2d(**CONV), (IMAGE, OFFSET)),
     'ModulatedDeformConv2d': (lambda: modules.ModulatedDeformConv2d(**CONV), (IMAGE, OFFSET, MASK)),
-    'that of patch_mmdet': (lambda: patching._ModulatedDeformConv2d(**CONV), (IMAGE, OFFSET, MASK)),
+    'that of patch_mmdet': (lambda: converting._ModulatedDeformConv2d(**CONV), (IMAGE, OFFSET, MASK)),
     'DeformRoIPool': (lambda: modules.DeformRoIPool((2, 3)), (IMAGE, ROIS)),
     'DeformRoIPoolPack': (lambda: modules.DeformRoIPoolPack(**ROI), (IMAGE, ROIS)),
     'ModulatedDeformRoIPoolPack': (lambda: modules.ModulatedDeformRoIPoolPack(**ROI), (IMAGE, ROIS)),

@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where layers look."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from small_detectors import batch, build, faster_rcnn_config, fcos_config
 from torch import nn
 
 from mmdcn.modules import DeformConv2dPack, ModulatedDeformConv2dPack
@@ -55,3 +62,72 @@ def test_nothing_stays_attached_to_the_model() -> None:
         pass
     model(torch.zeros(1, 3, 32, 24))
     assert recorder.layers == []
+
+
+IMAGES = torch.zeros(2, 3, 32, 24)
+
+
+class Wrapper(nn.Module):
+    """A model whose forward takes the images by a name of its own, among other things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+
+    def forward(self, mode: str, scale: torch.Tensor, data: Any) -> torch.Tensor:
+        return self.network(data['images'] if isinstance(data, dict) else torch.stack(data))
+
+
+CALLS: dict[str, Callable[[nn.Module], Any]] = {
+    'by keyword': lambda model: model(mode='tensor', scale=torch.ones(2), data=dict(images=IMAGES)),
+    'by position': lambda model: model('tensor', torch.ones(2), dict(images=IMAGES)),
+    'as a list': lambda model: model('tensor', torch.ones(2), data=list(IMAGES)),
+}
+
+
+@pytest.mark.parametrize('way', CALLS)
+def test_however_a_model_takes_its_images_the_places_are_the_same(way: str) -> None:
+    plain, wrapper = network(), Wrapper()
+    with SamplingRecorder(plain) as expected:
+        plain(input=IMAGES)
+    with SamplingRecorder(wrapper) as recorder:
+        CALLS[way](wrapper)
+    assert [layer.name for layer in recorder.layers] == ['network.0', 'network.1']
+    for layer, other in zip(recorder.layers, expected.layers, strict=True):
+        assert layer.stride == other.stride
+        torch.testing.assert_close(layer.places, other.places, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('config', [fcos_config, faster_rcnn_config])
+@pytest.mark.parametrize('layer', ['mmdcn.DCNv2', 'DCN'])
+def test_of_a_detector_of_mmengine_the_layers_are_recorded(config: Callable, layer: str) -> None:
+    model = build(ConfigDict(config(layer=layer))).eval()
+    with torch.no_grad(), SamplingRecorder(model) as recorder:
+        model.test_step(batch())
+    assert [layer.stride for layer in recorder.layers] == [8, 8, 16, 16]  # two blocks of c3, and two of c4
+    with SamplingRecorder(model) as recorder:
+        model(**model.data_preprocessor(batch(), True), mode='loss')
+    assert len(recorder.layers) == 4
+
+
+def test_of_a_segmentor_of_mmseg_the_layers_are_recorded() -> None:
+    models, structures = pytest.importorskip('mmseg.models'), pytest.importorskip('mmseg.structures')
+    stages = dict(dcn=dict(type='mmdcn.DCNv2'), stage_with_dcn=(False, False, False, True))
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = models.EncoderDecoder(
+            backbone=dict(type='ResNetV1c', depth=50, base_channels=4, **stages),
+            decode_head=dict(type='FCNHead', in_channels=128, in_index=3, channels=8, num_classes=3),
+            data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 96)),
+            test_cfg=ConfigDict(mode='whole'),
+        )
+    sample = structures.SegDataSample(metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96)))
+    sample.gt_sem_seg = PixelData(data=torch.zeros(1, 64, 96, dtype=torch.long))
+    with torch.no_grad(), SamplingRecorder(model.eval()) as recorder:
+        model.test_step(dict(inputs=[torch.zeros(3, 64, 96)], data_samples=[sample]))
+    assert [layer.stride for layer in recorder.layers] == [32] * 3
+
+
+def test_a_call_without_images_is_named() -> None:
+    wrapper = Wrapper()
+    with SamplingRecorder(wrapper), pytest.raises(ValueError, match=r"called with images, .* got \['str', 'int'"):
+        wrapper('tensor', scale=1, data=[])

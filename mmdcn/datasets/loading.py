@@ -8,6 +8,10 @@ from mmcv.transforms import loading
 from mmdcn.registry import TRANSFORMS
 
 
+class ImageError(OSError):
+    """An image file that is missing or damaged; the message names it."""
+
+
 @TRANSFORMS.register_module()
 class LoadImageFromFile(loading.LoadImageFromFile):
     """mmcv's LoadImageFromFile, which takes half a file for no image, and says which file it was.
@@ -16,7 +20,7 @@ class LoadImageFromFile(loading.LoadImageFromFile):
     is the default here.
 
     Raises:
-        OSError: If the file is missing or is not a whole image.
+        ImageError: If the file is missing or is not a whole image.
     """
 
     def __init__(self, *args: Any, imdecode_backend: str = 'pillow', **kwargs: Any) -> None:
@@ -31,7 +35,7 @@ class LoadImageFromFile(loading.LoadImageFromFile):
             SyntaxError,
             AssertionError,
         ) as error:  # SyntaxError is Pillow's word for a broken PNG
-            raise OSError(
+            raise ImageError(
                 f'{results["img_path"]} could not be read as an image ({error}). If the file is there, it is '
                 'truncated or damaged: make or download it again.'
             ) from error

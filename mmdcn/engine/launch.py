@@ -2,6 +2,7 @@
 """From a command line to a runner, with a message for everything that a user can put right."""
 
 import argparse
+import ast
 import difflib
 import os
 import re
@@ -22,6 +23,8 @@ from mmengine.utils import import_modules_from_strings
 
 from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.checkpoints.safe_globals import allow_mmengine_checkpoints
+from mmdcn.checkpoints.zoo import ZooError
+from mmdcn.datasets import ImageError
 
 _CONVERTERS = {
     'mnist_scenes': 'python tools/dataset_converters/mnist_scenes.py',
@@ -36,15 +39,58 @@ class LaunchError(Exception):
     """Something a user can put right; the message says what and how."""
 
 
+class Options(argparse.Action):
+    """mmengine's DictAction, which knows dicts as well: `KEY=[dict(type="EMAHook")]`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        """Add the settings to those that were given before."""
+        options = dict(getattr(namespace, self.dest) or {})
+        for setting in values:
+            key, separator, text = setting.partition('=')
+            if not separator:
+                raise argparse.ArgumentError(self, f'must be KEY=VALUE, got {setting!r}')
+            try:
+                options[key] = _parse_value(text)
+            except (ValueError, SyntaxError, RecursionError, AssertionError) as error:  # the last two are mmengine's
+                raise argparse.ArgumentError(
+                    self,
+                    f'{key} must be a number, a word, or a list, tuple or dict of such, as in Python, got {text!r}',
+                ) from error
+        setattr(namespace, self.dest, options)
+
+
+def _parse_value(text: str) -> Any:
+    if 'dict(' not in text and '{' not in text:
+        return DictAction._parse_iterable(text)
+    return _value_of(ast.parse(text.strip(), mode='eval').body)
+
+
+def _value_of(node: ast.expr) -> Any:
+    """Give the value of an expression; a word needs no quotes, as nowhere in an option."""
+    match node:
+        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(one.arg for one in keywords):
+            return {one.arg: _value_of(one.value) for one in keywords}
+        case ast.Dict(keys=keys, values=values) if all(keys):
+            return {_value_of(key): _value_of(value) for key, value in zip(keys, values, strict=True) if key}
+        case ast.List(elts=elements):
+            return [_value_of(element) for element in elements]
+        case ast.Tuple(elts=elements):
+            return tuple(_value_of(element) for element in elements)
+        case ast.Name() | ast.Attribute():
+            return ast.unparse(node)
+    return ast.literal_eval(node)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that training and testing share; they are those of mmdet's tools."""
     parser.add_argument('--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG]')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Options,
         metavar='KEY=VALUE',
-        help='settings that replace the config\'s, such as train_dataloader.batch_size=2 or key="[(a,b),(c,d)]"',
+        help="settings that replace the config's, such as train_dataloader.batch_size=2, 'key=[(a,b),(c,d)]' or "
+        '\'custom_hooks=[dict(type="EMAHook")]\'',
     )
     parser.add_argument(
         '--launcher',
@@ -102,13 +148,31 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
 
 @contextmanager
 def explained(cfg: Config) -> Iterator[None]:
-    """Name the place in the config of a `type` that nothing knows, and what a checkpoint should not hold.
+    """Name the place in the config of what a user can put right.
+
+    That is a `type` that nothing knows, a file that is not there, weights that need torchvision, and a checkpoint with
+    what it should not hold.
 
     Raises:
-        LaunchError: Instead of the KeyError or UnpicklingError that such a thing has caused.
+        LaunchError: Instead of the error that such a thing has caused. All others pass, with their traceback.
     """
     try:
         yield
+    except FileNotFoundError as error:
+        name = error.filename or str(error).removesuffix(' can not be found.')  # mmengine's words
+        places = [place for place, text in _texts(cfg._cfg_dict, '') if text == str(name)]
+        if not places:
+            raise
+        raise LaunchError(f'{" and ".join(places)}: {name} does not exist') from error
+    except ModuleNotFoundError as error:
+        weights = [text for _, text in _texts(cfg._cfg_dict, '') if text.startswith(('torchvision://', 'modelzoo://'))]
+        if error.name != 'torchvision' or not weights:
+            raise
+        place = next(place for place, text in _texts(cfg._cfg_dict, '') if text == weights[0])
+        raise LaunchError(
+            f'{place}: {weights[0]} needs torchvision, which is not installed: `pip install torchvision`, or name a '
+            f'checkpoint file there, or train from scratch with {place.removesuffix(".checkpoint")}=None'
+        ) from error
     except UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
         what = found[1] if found else 'something other than tensors'
@@ -145,7 +209,7 @@ def run(main: Callable[[], None]) -> int:
     allow_mmengine_checkpoints()
     try:
         main()
-    except (LaunchError, OSError) as error:
+    except (LaunchError, ZooError, ImageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0
@@ -198,14 +262,20 @@ def _unknown_types(cfg: Config, scope: str) -> Iterator[tuple[str, str]]:
 
 
 def _types(node: Any, place: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict):
-        if isinstance(node.get('type'), str):
-            yield f'{place}type', node['type']
+    """Give the place and the name of every `type`."""
+    return ((where, text) for where, text in _texts(node, place) if where.split('.')[-1] == 'type')
+
+
+def _texts(node: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Give every text of a config with its place, such as `model.neck[0].type`."""
+    if isinstance(node, str):
+        yield place, node
+    elif isinstance(node, dict):
         for key, value in node.items():
-            yield from _types(value, f'{place}{key}.')
+            yield from _texts(value, f'{place}.{key}' if place else str(key))
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
-            yield from _types(value, f'{place[:-1]}[{index}].')
+            yield from _texts(value, f'{place}[{index}]')
 
 
 def _describe(place: str, name: str) -> str:

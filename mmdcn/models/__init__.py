@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a detector needs around the operators."""
 
-from mmdcn.models.fuse_conv_bn import fuse_conv_bn
-from mmdcn.models.resnet import ResNet, ResNetV1d
-from mmdcn.models.roi_extractor import SingleRoIExtractor
+from importlib.util import find_spec
 
-__all__ = ['ResNet', 'ResNetV1d', 'SingleRoIExtractor', 'fuse_conv_bn']
+from mmdcn.models.fuse_conv_bn import fuse_conv_bn
+
+__all__ = ['fuse_conv_bn']
+
+if find_spec('mmdet') is not None:  # optional, and the base of these
+    from mmdcn.models.resnet import ResNet, ResNetV1d
+    from mmdcn.models.roi_extractor import SingleRoIExtractor
+
+    __all__ += ['ResNet', 'ResNetV1d', 'SingleRoIExtractor']

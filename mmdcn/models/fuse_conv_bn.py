@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch normalization folded into the convolutions before it, plain and deformable, for inference."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from inspect import Parameter, signature
 from typing import Any
 
 from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.wrappers import Conv2d
-from mmdet.models.dense_heads.tood_head import TaskDecomposition
+from mmengine.logging import print_log
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mmdcn import modules
+
+_TAKEN_APART: tuple[type[nn.Module], ...] = ()
+with suppress(ImportError):  # mmdet is optional
+    from mmdet.models.dense_heads.tood_head import TaskDecomposition
+
+    _TAKEN_APART = (TaskDecomposition,)
 
 # What these give is linear in the weight and the bias. That is not so for every subclass: mmcv's ConvWS2d, for one.
 _CONVS = {
@@ -38,9 +46,10 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
     Which convolution feeds a normalization is not guessed from the order of their definition, as in mmcv's function
     of this name: the forward of the module that holds them is traced (`torch.fx`, with its default arguments), and
     they are fused if the convolution's output goes into the normalization and nowhere else, and each is called once.
-    A forward that cannot be traced, and a convolution whose weight is computed (weight standardization, spectral
-    norm), stay as they are; so does TOOD's `TaskDecomposition`, which takes the parts of a `ConvModule` out of it. A
-    convolution that has several normalizations, as in RTMDet, becomes one for each of them.
+    A module whose forward cannot be traced stays as it is, and a warning says which and why. A convolution whose weight
+    is computed (weight standardization, spectral norm) stays as it is; so does TOOD's `TaskDecomposition`, which takes
+    the parts of a `ConvModule` out of it. A convolution that has several normalizations, as in RTMDet, becomes one for
+    each of them.
 
     Args:
         model: A detector, or any module. It is changed in place; `nn.Identity` takes the place of a normalization.
@@ -48,8 +57,8 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
-    for module in _holders_of_norms(model):
-        for conv_name, norm_name in _pairs(module):
+    for name, module in _holders_of_norms(model, ''):
+        for conv_name, norm_name in _pairs(name, module):
             fused = _fuse(module.get_submodule(conv_name), module.get_submodule(norm_name))
             module.set_submodule(conv_name, fused)
             module.set_submodule(norm_name, nn.Identity())
@@ -76,13 +85,13 @@ class _Tracer(fx.Tracer):
         return super().to_bool(obj)
 
 
-def _holders_of_norms(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, TaskDecomposition):
+def _holders_of_norms(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, _TAKEN_APART):
         return
     if any(type(part).forward in _NORMS for part in _parts(module)):
-        yield module
-    for child in module.children():
-        yield from _holders_of_norms(child)
+        yield name, module
+    for child_name, child in module.named_children():
+        yield from _holders_of_norms(child, f'{name}.{child_name}' if name else child_name)
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -93,7 +102,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
+def _pairs(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
     """Give the names of each convolution whose output goes into a normalization alone, and of that."""
     defaults = {
         name: parameter.default
@@ -102,7 +111,13 @@ def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
     }
     try:
         nodes = list(_Tracer().trace(module, concrete_args=defaults).nodes)
-    except Exception:  # a forward can fail in any way when its input is not a tensor
+    except Exception as error:  # a forward can fail in any way when its input is not a tensor
+        print_log(
+            f'The normalizations of {name or "the model"} ({type(module).__name__}) are not fused: its forward cannot '
+            f'be traced: {type(error).__name__}: {error}',
+            logger='current',
+            level=logging.WARNING,
+        )
         return
     uses = Counter(node.target for node in nodes if node.op == 'call_module')
     uses.update(str(node.target).rpartition('.')[0] for node in nodes if node.op == 'get_attr')

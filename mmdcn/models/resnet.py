@@ -43,7 +43,7 @@ class ResNet(resnet.ResNet):
             )
         index = len(self.res_layers)  # of this stage: those before it are there
         wanted = self.stage_with_dcn[index]
-        if isinstance(wanted, int):
+        if not isinstance(wanted, list | tuple):
             wanted = [wanted] * len(stage)
         if len(wanted) != len(stage):
             raise ValueError(

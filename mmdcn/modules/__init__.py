@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that configs name."""
 
-import mmdcn.engine.complexity  # noqa: F401  (so that mmengine counts what the layers compute)
+import mmdcn.modules.complexity  # noqa: F401  (so that mmengine counts what the layers compute)
 from mmdcn.modules.deform_conv2d import (
     DeformConv2d,
     DeformConv2dPack,
@@ -10,11 +10,17 @@ from mmdcn.modules.deform_conv2d import (
 )
 from mmdcn.modules.deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 
+DCN = DeformConv2dPack
+DCNv2 = ModulatedDCN = ModulatedDeformConv2dPack
+
 __all__ = [
+    'DCN',
+    'DCNv2',
     'DeformConv2d',
     'DeformConv2dPack',
     'DeformRoIPool',
     'DeformRoIPoolPack',
+    'ModulatedDCN',
     'ModulatedDeformConv2d',
     'ModulatedDeformConv2dPack',
     'ModulatedDeformRoIPoolPack',

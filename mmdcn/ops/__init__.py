@@ -6,6 +6,7 @@ from mmdcn._extension import load
 load()
 
 # Their registrations need the core.
+import mmdcn.ops._flops  # noqa: E402, F401
 from mmdcn.ops.deform_conv2d import deform_conv2d  # noqa: E402
 from mmdcn.ops.deform_roi_pool import deform_roi_pool  # noqa: E402
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operators ask of their arguments, and how they say it."""
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
@@ -19,11 +20,32 @@ FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """Give (y, x) from one integer or two, none less than the minimum."""
     both = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(both) != 2 or not all(isinstance(one, int | torch.SymInt) for one in both):
+    if len(both) != 2 or not all(_is_integer(one) for one in both):
         raise ValueError(f'{name} must be an integer or a pair (y, x) of integers, got {value!r}')
     if both[0] < minimum or both[1] < minimum:
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
-    return both
+    return _as_int(both[0]), _as_int(both[1])
+
+
+def count(value: int, name: str) -> int:
+    """Give an integer, 0 or more."""
+    if not _is_integer(value) or value < 0:
+        raise ValueError(f'{name} must be an integer, 0 or more, got {value!r}')
+    return _as_int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, int | torch.SymInt):
+        return True
+    try:
+        operator.index(value)  # of numpy, for one
+    except TypeError:
+        return False
+    return True
+
+
+def _as_int(value: Any) -> Any:
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:

@@ -15,6 +15,7 @@ from mmdcn.ops._arguments import (
     check_floating,
     check_like,
     check_shape,
+    count,
     overridable,
     pair,
     single_if_low,
@@ -65,11 +66,12 @@ def deform_roi_pool(
     """
     (input,), (rois, offset) = autocast((input,), (rois, offset))
     size = pair(output_size, 'output_size', 1)
-    _check(input, rois, offset, size, sampling_ratio)
-    return _pool(input, rois, offset, size, float(spatial_scale), sampling_ratio, float(gamma))
+    _check(input, rois, offset, size)
+    ratio = count(sampling_ratio, 'sampling_ratio')
+    return _pool(input, rois, offset, size, float(spatial_scale), ratio, float(gamma))
 
 
-def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair, sampling_ratio: int) -> None:
+def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair) -> None:
     check_floating(input, 'input', 4, '[B, C, H, W]')
     check_floating(rois, 'rois', 2, '[N, 5]')
     check(
@@ -78,10 +80,6 @@ def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair, sampl
     )
     check_shape(rois, 'rois', '[N, 5], (image, x1, y1, x2, y2)', rois.shape[0], 5)
     check_like(rois, 'rois', input, input.dtype, *single_if_low(input))
-    check(
-        isinstance(sampling_ratio, int | torch.SymInt) and sampling_ratio >= 0,
-        lambda: f'sampling_ratio must be an integer, 0 or more, got {sampling_ratio!r}',
-    )
     if offset is not None:
         check_floating(offset, 'offset', 4, '[N, 2, ph, pw]')
         check_shape(offset, 'offset', '[N, 2, ph, pw]', rois.shape[0], 2, *size)
@@ -115,7 +113,8 @@ def _fake(
     sampling_ratio: int,
     gamma: float,
 ) -> Tensor:
-    _check(input, rois, offset, output_size, sampling_ratio)
+    _check(input, rois, offset, output_size)
+    count(sampling_ratio, 'sampling_ratio')
     size = (rois.shape[0], input.shape[1], *output_size)
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 

@@ -34,7 +34,7 @@ IntPair = int | Pair
 
 def pair(value: IntPair) -> Pair:
     """Give both axes the value if it is one number."""
-    return (value, value) if isinstance(value, int) else value
+    return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)
 
 
 def pad(

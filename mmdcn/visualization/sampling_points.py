@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from mmdcn.reference.deform_conv2d import regular_places
@@ -32,7 +33,11 @@ class SamplingRecorder:
     Works for mmdcn's layers and for mmcv's. With several offset groups, the first is taken.
 
     Args:
-        model: A network whose deformable layers have a `conv_offset`. The first image of a batch is recorded.
+        model: A network whose deformable layers have a `conv_offset`. It may take its images by position or by keyword,
+            beside other things. The first image of a batch is recorded.
+
+    Raises:
+        ValueError: When the model is called without a tensor of images.
 
     Example:
         with SamplingRecorder(model) as recorder:
@@ -47,11 +52,11 @@ class SamplingRecorder:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> 'SamplingRecorder':
-        self._handles = [self._model.register_forward_pre_hook(self._start)]
+        self._handles = [self._model.register_forward_pre_hook(self._start, with_kwargs=True)]
         for name, layer in self._model.named_modules():
             if hasattr(layer, 'conv_offset') and hasattr(layer, 'deform_groups'):
                 hook = self._hook(name, layer)
-                self._handles.append(layer.conv_offset.register_forward_hook(hook))
+                self._handles.append(layer.conv_offset.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,14 +87,14 @@ class SamplingRecorder:
             weights = (layer.weights[:, index[:, 0], index[:, 1]].T * weights[:, None]).flatten()
         return places, weights
 
-    def _start(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layers.clear()
-        self._input_height = inputs[0].shape[-2]
+        self._input_height = _images(args, kwargs).shape[-2]
 
     def _hook(self, name: str, layer: Any) -> Any:
-        def record(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def record(conv: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             taps = layer.kernel_size[0] * layer.kernel_size[1]
-            input_stride = round(self._input_height / inputs[0].shape[2])
+            input_stride = round(self._input_height / _images(args, kwargs).shape[2])
             out_size = (output.shape[2], output.shape[3])
             regular = torch.stack(
                 regular_places(layer.kernel_size, out_size, layer.stride, layer.padding, layer.dilation, output),
@@ -107,3 +112,14 @@ class SamplingRecorder:
             self.layers.append(SampledLayer(name, input_stride * layer.stride[0], places.cpu(), weights.cpu()))
 
         return record
+
+
+def _images(args: tuple, kwargs: dict[str, Any]) -> Tensor:  # [B, C, H, W] or [C, H, W]
+    """Give the images among what a module is called with: mmengine's models take them by keyword, or in lists."""
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor) and value.dim() in (3, 4):
+            return value
+    raise ValueError(
+        'the model must be called with images, a tensor [B, C, H, W] or tensors [C, H, W], by position or by keyword, '
+        f'got {[type(value).__name__ for value in (*args, *kwargs.values())]}'
+    )

@@ -58,6 +58,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with torch.serialization.safe_globals(NUMPY):  # detectron2's tensors may be numpy's
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except OSError as error:
+        raise LaunchError(f'{path} cannot be read: {error.strerror}') from error
     except (UnpicklingError, RuntimeError, EOFError) as error:
         other = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
         reason = f"holds {other[1]} beside its weights; save its 'state_dict' alone" if other else 'is not whole'

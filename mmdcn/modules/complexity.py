@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mmengine needs in order to count the operators in `get_model_complexity_info`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.analysis import complexity_analysis
+from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
+
+from mmdcn.ops._flops import PER_SAMPLE, convolution_size, samples_of_bins
+
+
+def deform_conv2d_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Count the multiply-adds of `mmdcn::deform_conv2d`, each as one flop, as mmengine does.
+
+    Those are the convolution's, B * C_out * H_out * W_out * K * C_in / groups, and four for each of the
+    B * C_in * K * H_out * W_out bilinear samples, as mmengine counts a `grid_sample`. Finding the places and scaling
+    by the mask is not counted: it is done once per offset group, not per channel.
+
+    Args:
+        inputs: The values of a traced graph that the operator takes, in the order of its schema.
+        outputs: Those that it gives.
+    """
+    product, samples = convolution_size(get_shape(inputs[0]), get_shape(inputs[3]), get_shape(outputs[0]))
+    return product + PER_SAMPLE * samples
+
+
+def deform_roi_pool_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Count four multiply-adds for each bilinear sample of `mmdcn::deform_roi_pool`.
+
+    A graph knows no regions: with a `sampling_ratio` of 0 a bin counts for one sample, the least that it has.
+
+    Args:
+        inputs: The values of a traced graph that the operator takes, in the order of its schema.
+        outputs: Those that it gives.
+    """
+    spatial_scale, sampling_ratio = (value.toIValue() for value in inputs[4:6])
+    return PER_SAMPLE * samples_of_bins(None, get_shape(outputs[0]), spatial_scale, sampling_ratio)
+
+
+for _name, _count in (('deform_conv2d', deform_conv2d_flops), ('deform_roi_pool', deform_roi_pool_flops)):
+    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[f'mmdcn::{_name}'] = _count
+    complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[f'mmdcn::{_name}'] = generic_activation_jit()
