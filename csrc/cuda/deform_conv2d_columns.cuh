@@ -135,10 +135,10 @@ struct Columns {
     if (point.inside) own.put(slot, tile, point, column);
     if constexpr (kDots) own.points[lane] = KeptPoint<T>(point, slot);
     if constexpr (kBlend) fill_outside(point, column, first_vector, lane, threads);
-    threads.sync_warp();
+    threads.sync_group();
     move(own, bits_set(inside), first_vector, lane, threads);
     if constexpr (kDots) {
-      threads.sync_warp();
+      threads.sync_group();
       const KeptPoint<T> kept = own.points[lane];
       if (kept.valid) write_sampling(kept, own.weights[kept.slot], offset_group, tap);
     }

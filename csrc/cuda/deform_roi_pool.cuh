@@ -731,9 +731,9 @@ struct GatherGradient {
     const uint32_t vote = threads.ballot(chosen);
     if (threads.lane == 0) shared.votes[threads.group] = vote;
     threads.sync();
-    Rank rank = {threads.count_bits(vote & ((1u << threads.lane) - 1)), 0};
+    Rank rank = {bits_set(vote & ((1u << threads.lane) - 1)), 0};
     for (uint32_t group = 0; group < threads.groups; ++group) {
-      const uint32_t count = threads.count_bits(shared.votes[group]);
+      const uint32_t count = bits_set(shared.votes[group]);
       rank.own += group < threads.group ? count : 0, rank.all += count;
     }
     return rank;

@@ -220,7 +220,6 @@ struct Threads {
 
   // A bit for each lane of the group. All of them must call it.
   __device__ uint32_t ballot(bool vote) const { return __ballot_sync(members(), vote) >> (group * lanes % kWarp); }
-  __device__ uint32_t count_bits(uint32_t bits) const { return __popc(bits); }
 
   // The sum over the group. All of its lanes must call it.
   template <typename T>
@@ -232,8 +231,6 @@ struct Threads {
   }
 
   // These are for groups of a whole warp. All of its lanes must call them.
-  __device__ uint32_t ballot(bool vote) const { return __ballot_sync(kAllLanes, vote); }
-  __device__ void sync_warp() const { __syncwarp(); }
   template <typename T>
   __device__ T shuffle(T value, uint32_t from) const {
     return __shfl_sync(kAllLanes, value, from);

@@ -268,19 +268,16 @@ struct Threads {
   uint32_t count() const { return groups * lanes; }
   void sync() const { fibers.wait_for_block(); }
 
-  void sync_group() const { own.all.arrive_and_wait(); }
+  void sync_group() const { exchange("sync_group", true); }
 
   uint32_t ballot(bool vote) const {
-    own.values[lane] = vote;
-    own.all.arrive_and_wait();
-    uint32_t votes = 0;
+    const std::array<bool, kWarp> votes = exchange("ballot", vote);
+    uint32_t word = 0;
     for (uint32_t i = 0; i < lanes; ++i) {
-      votes |= static_cast<uint32_t>(own.values[i]) << i;
+      word |= static_cast<uint32_t>(votes[i]) << i;
     }
-    own.all.arrive_and_wait();
-    return votes;
+    return word;
   }
-  uint32_t count_bits(uint32_t bits) const { return std::popcount(bits); }
 
   template <typename T>
   T sum(T value) const {
@@ -288,15 +285,6 @@ struct Threads {
     return std::accumulate(values.begin(), values.begin() + lanes, static_cast<T>(0));
   }
 
-  uint32_t ballot(bool vote) const {
-    const std::array<bool, kWarp> votes = exchange("ballot", vote);
-    uint32_t word = 0;
-    for (uint32_t i = 0; i < kWarp; ++i) {
-      word |= static_cast<uint32_t>(votes[i]) << i;
-    }
-    return word;
-  }
-  void sync_warp() const { exchange("sync_warp", true); }
   template <typename T>
   T shuffle(T value, uint32_t from) const {
     return exchange("shuffle", value)[from % kWarp];
@@ -304,6 +292,11 @@ struct Threads {
   template <typename T>
   T shuffle_xor(T value, uint32_t distance) const {
     return exchange("shuffle_xor", value)[lane ^ distance];
+  }
+
+  template <typename T>
+  T shuffle_up(T value, uint32_t distance) const {
+    return exchange("shuffle_up", value)[lane < distance ? lane : lane - distance];
   }
 
   template <typename T, int kCount>
