@@ -14,6 +14,7 @@ from mmdcn.ops._arguments import (
     check,
     check_floating,
     check_like,
+    check_output_mask,
     check_shape,
     pair,
     single_if_low,
@@ -67,16 +68,18 @@ def deform_conv2d(
 
     Raises:
         ValueError: If an argument's rank, shape, type or device does not fit, or the output would
-            be empty.
+            be empty, or a stride, padding or dilation is 2^31 or more.
     """
     (input, weight, bias), (offset, mask) = autocast((input, weight, bias), (offset, mask))
-    step, pad, gap = (
-        pair(stride, 'stride', 1),
-        pair(padding, 'padding', 0),
-        pair(dilation, 'dilation', 1),
-    )
-    groups, offset_groups = _check(input, offset, weight, bias, step, pad, gap, mask)
-    return _convolve(input, offset, mask, weight, bias, step, pad, gap, groups, offset_groups)
+    geometry = _geometry(stride, padding, dilation)
+    groups, offset_groups = _check(input, offset, weight, bias, *geometry, mask)
+    return _convolve(input, offset, mask, weight, bias, *geometry, groups, offset_groups)
+
+
+def _geometry(
+    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
+) -> tuple[Pair, Pair, Pair]:
+    return pair(stride, 'stride', 1), pair(padding, 'padding', 0), pair(dilation, 'dilation', 1)
 
 
 def _check(
@@ -215,17 +218,30 @@ def _fake(
     groups: int,
     offset_groups: int,
 ) -> Tensor:
-    expected = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    shape = _output_shape(input, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+def _output_shape(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    offset_groups: int,
+) -> tuple[int, ...]:
+    """Check all that the operator checks, and give [B, C_out, H_out, W_out]."""
+    geometry = _geometry(stride, padding, dilation)
+    expected = _check(input, offset, weight, bias, *geometry, mask)
     check(
         (groups, offset_groups) == expected,
         lambda: f'groups and offset_groups must be {expected} by the shapes, got {(groups, offset_groups)}',
     )
-    size = (
-        input.shape[0],
-        weight.shape[0],
-        *_output_size(input, weight, stride, padding, dilation),
-    )
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    return (input.shape[0], weight.shape[0], *_output_size(input, weight, *geometry))
 
 
 @torch.library.register_fake(_BACKWARD_OP)
@@ -243,6 +259,11 @@ def _fake_backward(
     output_mask: Sequence[bool],
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = _output_shape(input, offset, mask, weight, None, stride, padding, dilation, groups, offset_groups)
+    check_floating(grad_output, 'grad_output', 4, '[B, C_out, H_out, W_out]')
+    check_shape(grad_output, 'grad_output', '[B, C_out, H_out, W_out]', *shape)
+    check_like(grad_output, 'grad_output', input, input.dtype)
+    check_output_mask(output_mask, 4, 2, 'mask', mask)
     return (
         empty_gradient(output_mask[0], input, memory_format(input)),
         empty_gradient(output_mask[1], offset),
