@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the compiled core: the CPU library for this processor, and the CUDA library for a CUDA build of torch."""
 
+import ctypes
 from functools import cache
 from pathlib import Path
 
 import torch
 
-_CPU_LIBRARIES = {'AVX512': '_C_avx512', 'AVX2': '_C_avx2'}
+_X86_64_V3 = {'avx2', 'fma3', 'f16c', 'bmi', 'bmi2', 'lzcnt'}
+_X86_64_V4 = _X86_64_V3 | {'avx512_f', 'avx512_bw', 'avx512_cd', 'avx512_dq', 'avx512_vl'}
+# The widest first: what torch calls its instruction set, and what the library's code needs.
+_CPU_LIBRARIES = {'_C_avx512': ('AVX512', _X86_64_V4), '_C_avx2': ('AVX2', _X86_64_V3)}
+# The operators of oneDNN as csrc/cpu/linear.h calls them.
+_ONEDNN = {
+    '_linear_pointwise': '(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y',
+    '_reorder_linear_weight': '(Tensor self, int? batch_size=None) -> Tensor Y',
+}
 _OLDEST_TORCH = (2, 10)
 _OLDEST_CAPABILITY = (8, 0)  # the first of CUDA_ARCHITECTURES in setup.py
 _BUILD = 'Build it with `pip install --no-build-isolation .` in a checkout of mmdcn'
@@ -31,13 +40,46 @@ def load() -> None:
             f'mmdcn needs torch {oldest} or later, for its stable ABI, got torch {torch.__version__}. '
             f"Upgrade it with `pip install 'torch>={oldest}'`"
         )
-    # torch knows what the processor has, and its ATEN_CPU_CAPABILITY turns it down.
-    _load_library(_CPU_LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), '_C'))
+    path = _load_library(_cpu_library())
+    ctypes.c_bool.in_dll(ctypes.CDLL(str(path)), 'mmdcn_knows_onednn').value = _knows_onednn()
     if torch.version.cuda is not None:
         try:
             _load_library('_C_cuda')
         except ImportError as error:
             _cuda_error = error
+
+
+def _processor_features() -> set[str]:
+    """Give what the processor says that it has, by the names of torch.cpu.get_capabilities."""
+    if hasattr(torch.cpu, 'get_capabilities'):
+        return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
+    # An older torch has these two answers alone.
+    features = _X86_64_V3 if torch.cpu._is_avx2_supported() else set()
+    return features | (_X86_64_V4 if torch.cpu._is_avx512_supported() else set())
+
+
+def _cpu_library() -> str:
+    """Choose the library of the widest instruction set that the processor has.
+
+    ATEN_CPU_CAPABILITY turns torch down, and so the library; turned up, torch believes it, but the processor may not.
+    """
+    capability, features = torch.backends.cpu.get_cpu_capability(), _processor_features()
+    for name, (instruction_set, needed) in _CPU_LIBRARIES.items():
+        if capability in ('AVX512', instruction_set) and needed <= features:
+            return name
+    return '_C'
+
+
+def _knows_onednn() -> bool:
+    """Tell whether torch has the operators of oneDNN with the very arguments that the core gives them.
+
+    It may lack them, and a later one may give them more. The core then uses torch's plain product.
+    """
+    return all(
+        hasattr(torch.ops.mkldnn, name)
+        and str(getattr(torch.ops.mkldnn, name).default._schema) == f'mkldnn::{name}{arguments}'
+        for name, arguments in _ONEDNN.items()
+    )
 
 
 @cache
@@ -63,7 +105,7 @@ def _check_capability(device: torch.device, capability: tuple[int, int]) -> None
         )
 
 
-def _load_library(name: str) -> None:
+def _load_library(name: str) -> Path:
     path = Path(__file__).with_name(f'{name}.abi3.so')
     if not path.exists():
         raise ImportError(f'{path} is missing: mmdcn was not built, or was built without it. {_BUILD}')
@@ -73,3 +115,4 @@ def _load_library(name: str) -> None:
         raise ImportError(
             f'{path} does not load into torch {torch.__version__}: {error}. It may be of another system. {_BUILD}'
         ) from error
+    return path

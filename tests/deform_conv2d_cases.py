@@ -124,6 +124,7 @@ CASES = {
     'prime batch': Case((3, 4), (5, 6), (3, 2), batch=7),
     '33 images': Case((2, 3), (4, 5), (3, 2), padding=(1, 0), batch=33),
     'several blocks of channels': Case((70, 3), (5, 6), (2, 1), groups=1, offset_groups=2),
+    'many offset groups': Case((130, 3), (3, 4), (2, 1), offset_groups=65),
     'several tiles of positions': Case((3, 2), (33, 37), (2, 3), padding=(1, 1)),
 }
 

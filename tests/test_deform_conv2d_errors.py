@@ -232,6 +232,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         'input must be large enough for a 3 x 2 kernel with padding (1, 0) and dilation (1, 2); '
         'the output would be empty, got 7 x 2 pixels',
     ),
+    'padding that overflows': (
+        {'padding': 2**62 - 1},
+        'padding must be less than 2^31, got 4611686018427387903',
+    ),
+    'stride of more than 64 bits': (
+        {'stride': (1, 2**70)},
+        f'stride must be less than 2^31, got (1, {2**70})',
+    ),
+    'dilation of 32 bits': (
+        {'dilation': [2**31, 1]},
+        'dilation must be less than 2^31, got [2147483648, 1]',
+    ),
     # Type
     'input of integers': (
         {'input': zeros(3, 4, 7, 8, dtype=LONG)},
@@ -384,6 +396,26 @@ BAD_FOR_OPERATOR: dict[str, tuple[dict[str, Any], str]] = {
     'dilation': ({'dilation': [1, -1]}, 'dilation must be positive, got [1, -1]'),
     'padding': ({'padding': [-1, 0]}, 'padding must not be negative, got [-1, 0]'),
     'empty output': ({'dilation': [9, 9]}, 'the output would be empty'),
+    # (2 - 3) / 2 + 1 is 1 if the division truncates, and 0 if it rounds down.
+    'output of no row by one pixel': (
+        {'input': zeros(3, 4, 2, 8), 'padding': [0, 0], 'offset': zeros(3, 24, 1, 6), 'mask': zeros(3, 12, 1, 6)},
+        'the output would be empty: 0 x 6',
+    ),
+    'dilation that overflows': (
+        {'padding': [2**30, 0], 'dilation': [2**62, 1]},
+        'dilation must be less than 2^31, got [4611686018427387904, 1]',
+    ),
+    'dilation and padding whose overflows cancel out': (
+        {'padding': [2**62, 0], 'dilation': [2**62, 2]},
+        'padding must be less than 2^31, got [4611686018427387904, 0]',
+    ),
+    'stride that overflows': (
+        {'stride': [2**63 - 1, 1]},
+        'stride must be less than 2^31, got [9223372036854775807, 1]',
+    ),
+    'offset groups that overflow': ({'offset_groups': 2**62}, 'channels must be divisible by groups and offset_groups'),
+    'groups that overflow': ({'groups': 2**63 - 1}, 'channels must be divisible by groups and offset_groups'),
+    'offsets wider than the input': ({'offset': zeros(3, 24, 4, 6, dtype=DOUBLE)}, 'offset must be Float, got Double'),
     'three strides': ({'stride': [1, 1, 1]}, 'stride, padding and dilation must have 2 elements each'),
 }
 
@@ -392,6 +424,19 @@ BAD_FOR_OPERATOR: dict[str, tuple[dict[str, Any], str]] = {
 def test_the_operator_itself_refuses_what_it_would_read_outside_of(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=re.escape(message)):
         torch.ops.mmdcn.deform_conv2d(*operator_arguments(**changes))
+
+
+@pytest.mark.parametrize('changes', [changes for changes, _ in BAD_FOR_OPERATOR.values()], ids=BAD_FOR_OPERATOR.keys())
+def test_the_fake_operator_and_its_backward_refuse_what_the_operator_refuses(changes: dict[str, Any]) -> None:
+    with FakeTensorMode():
+        arguments = operator_arguments(**changes)
+        with pytest.raises(ValueError, match='must'):
+            torch.ops.mmdcn.deform_conv2d(*arguments)
+        if 'bias' in changes:
+            return
+        arguments.pop(4)
+        with pytest.raises(ValueError, match='must'):
+            torch.ops.mmdcn.deform_conv2d_backward(torch.zeros(3, 10, 4, 6), *arguments, [True] * 4, False)
 
 
 @pytest.mark.parametrize(
@@ -404,12 +449,19 @@ def test_the_operator_itself_refuses_what_it_would_read_outside_of(changes: dict
     ],
     ids=['shape', 'type', 'short output_mask', 'no mask'],
 )
-def test_the_backward_operator_itself_does_too(grad_output: Make, output_mask: list[bool], message: str) -> None:
-    input, offset, _, weight, _, *settings = operator_arguments()
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        torch.ops.mmdcn.deform_conv2d_backward(
+def test_the_backward_operator_itself_and_its_fake_do_too(
+    grad_output: Make, output_mask: list[bool], message: str
+) -> None:
+    def call() -> object:
+        input, offset, _, weight, _, *settings = operator_arguments()
+        return torch.ops.mmdcn.deform_conv2d_backward(
             grad_output(), input, offset, None, weight, *settings, output_mask, False
         )
+
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        call()
+    with FakeTensorMode(), pytest.raises(ValueError, match=message.split()[0]):
+        call()
 
 
 def test_the_fake_operator_refuses_groups_that_do_not_fit_the_shapes() -> None:

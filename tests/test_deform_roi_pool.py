@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from deform_roi_pool_cases import (
     gradients,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import hessian, jacfwd, jacrev, vmap
 
@@ -468,6 +470,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         'output_size must be an integer or a pair (y, x) of integers, got (2, 3, 4)',
     ),
     'fewer than no samples': ({'sampling_ratio': -1}, 'sampling_ratio must be an integer, 0 or more, got -1'),
+    'bins that overflow': ({'output_size': 2**62}, f'output_size must be less than 2^31, got {2**62}'),
+    'samples that overflow': ({'sampling_ratio': 2**63}, f'sampling_ratio must be less than 2^31, got {2**63}'),
     'half a sample': ({'sampling_ratio': 0.5}, 'sampling_ratio must be an integer, 0 or more, got 0.5'),
 }
 
@@ -478,10 +482,64 @@ def test_a_bad_argument_is_named_with_what_it_was_and_what_it_should_be(changes:
         replace(GOOD, **changes)(deform_roi_pool)
 
 
-@pytest.mark.parametrize('changes', [{'rois': GOOD.rois[:, :4]}, {'offset': GOOD.offset[:4]}, {'output_size': (0, 3)}])
-def test_the_operator_itself_reads_outside_no_tensor(changes: dict[str, Any]) -> None:
-    call = replace(GOOD, **changes)
-    with pytest.raises(RuntimeError, match=' must '):
-        torch.ops.mmdcn.deform_roi_pool(
-            call.input, call.rois, call.offset, call.output_size, call.spatial_scale, call.sampling_ratio, call.gamma
-        )
+BAD_FOR_OPERATOR: dict[str, dict[str, Any]] = {
+    'rois of four numbers': {'rois': GOOD.rois[:, :4]},
+    'rois wider than the input': {'rois': GOOD.rois.double()},
+    'offset of fewer regions': {'offset': GOOD.offset[:4]},
+    'offset wider than the input': {'offset': GOOD.offset.double()},
+    'no bin': {'output_size': (0, 3)},
+    'negative bins': {'output_size': (2, -3)},
+    'three sizes': {'output_size': (2, 3, 1)},
+    'bins that overflow': {'output_size': (2**62, 4)},
+    'bins of 32 bits': {'output_size': (2, 2**31)},
+    'negative sampling ratio': {'sampling_ratio': -1},
+    'sampling ratio that overflows': {'sampling_ratio': 2**63 - 1},
+}
+
+
+@pytest.mark.parametrize('changes', BAD_FOR_OPERATOR.values(), ids=BAD_FOR_OPERATOR.keys())
+@pytest.mark.parametrize(('mode', 'error'), [(nullcontext, RuntimeError), (FakeTensorMode, ValueError)])
+def test_the_operator_itself_reads_outside_no_tensor_and_its_fake_refuses_the_same(
+    mode: Callable[[], Any], error: type[Exception], changes: dict[str, Any]
+) -> None:
+    with mode() as context:
+        fake = context.from_tensor if context else torch.clone
+        call = replace(GOOD, **changes).map(fake)
+        settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
+        with pytest.raises(error, match=' must '):
+            torch.ops.mmdcn.deform_roi_pool(call.input, call.rois, call.offset, call.output_size, *settings)
+        if 'output_size' in changes:
+            return
+        grad_output = draw_grad_output(GOOD)
+        with pytest.raises(error, match=' must '):
+            torch.ops.mmdcn.deform_roi_pool_backward(
+                fake(grad_output), call.input, call.rois, call.offset, *settings, [True, True], False
+            )
+
+
+@pytest.mark.parametrize(
+    ('grad_output', 'offset', 'output_mask'),
+    [
+        (draw_grad_output(GOOD)[0], GOOD.offset, [True, True]),
+        (draw_grad_output(GOOD)[:-1], None, [True, False]),
+        (draw_grad_output(GOOD)[:, :-1], None, [True, False]),
+        (draw_grad_output(GOOD).double(), GOOD.offset, [True, True]),
+        (draw_grad_output(GOOD), GOOD.offset, [True]),
+        (draw_grad_output(GOOD), None, [True, True]),
+    ],
+    ids=['rank', 'regions', 'channels', 'type', 'short output_mask', 'no offset'],
+)
+def test_the_backward_operator_itself_and_its_fake_do_too(
+    grad_output: Tensor, offset: Tensor | None, output_mask: list[bool]
+) -> None:
+    def call(change: Callable[[Tensor], Tensor]) -> None:
+        tensors = [
+            tensor if tensor is None else change(tensor) for tensor in (grad_output, GOOD.input, GOOD.rois, offset)
+        ]
+        settings = (GOOD.spatial_scale, GOOD.sampling_ratio, GOOD.gamma)
+        torch.ops.mmdcn.deform_roi_pool_backward(*tensors, *settings, output_mask, False)
+
+    with pytest.raises(RuntimeError, match=r' must |asks for'):
+        call(torch.clone)
+    with FakeTensorMode() as fake, pytest.raises(ValueError, match=r' must |asks for'):
+        call(fake.from_tensor)

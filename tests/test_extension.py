@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What mmdcn says when its compiled core is not as it should be."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -32,9 +33,10 @@ def package(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PACKAGE, tmp_path / 'mmdcn', ignore=ignore))
 
 
-def run(package: Path, code: str) -> subprocess.CompletedProcess:
+def run(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, '-c', code]
-    return subprocess.run(command, capture_output=True, text=True, cwd=package.parent, check=False)
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 
 def add_cpu_libraries(package: Path) -> None:
@@ -44,7 +46,7 @@ def add_cpu_libraries(package: Path) -> None:
 
 
 def test_a_core_that_was_never_built_is_named_with_the_way_to_build_it(package: Path) -> None:
-    result = run(package, 'import mmdcn')
+    result = run(package.parent, 'import mmdcn')
     assert result.returncode != 0
     assert f'ImportError: {package}/_C' in result.stderr
     assert 'is missing' in result.stderr
@@ -54,7 +56,7 @@ def test_a_core_that_was_never_built_is_named_with_the_way_to_build_it(package: 
 def test_a_core_that_does_not_load_is_named_with_the_reason_and_the_way_to_build_it(package: Path) -> None:
     for name in ('_C', '_C_avx2', '_C_avx512'):
         (package / f'{name}.abi3.so').write_text('not a library')
-    result = run(package, 'import mmdcn')
+    result = run(package.parent, 'import mmdcn')
     assert result.returncode != 0
     assert f'does not load into torch {torch.__version__}: ' in result.stderr
     assert 'file too short' in result.stderr or 'invalid ELF header' in result.stderr
@@ -62,7 +64,7 @@ def test_a_core_that_does_not_load_is_named_with_the_reason_and_the_way_to_build
 
 
 def import_with_torch(version: str, package: Path) -> subprocess.CompletedProcess:
-    return run(package, f'import torch; torch.__version__ = type(torch.__version__)({version!r}); import mmdcn')
+    return run(package.parent, f'import torch; torch.__version__ = type(torch.__version__)({version!r}); import mmdcn')
 
 
 @pytest.mark.parametrize('version', ['2.9.1', '2.9.1+cu130', '1.13.1'])
@@ -83,7 +85,7 @@ def test_a_build_on_the_way_to_the_oldest_torch_is_taken(version: str, package: 
 
 def test_without_the_cuda_library_the_cpu_works_and_a_gpu_is_told_why_not(package: Path) -> None:
     add_cpu_libraries(package)
-    result = run(package, CLAIM_CUDA + USE)
+    result = run(package.parent, CLAIM_CUDA + USE)
     assert result.stdout == '7.0\n'
     assert 'RuntimeError: mmdcn cannot run on cuda:1: ' in result.stderr
     assert '_C_cuda.abi3.so is missing' in result.stderr
@@ -93,7 +95,7 @@ def test_without_the_cuda_library_the_cpu_works_and_a_gpu_is_told_why_not(packag
 def test_with_a_cuda_library_that_does_not_load_the_cpu_works_and_a_gpu_is_told_why_not(package: Path) -> None:
     add_cpu_libraries(package)
     (package / '_C_cuda.abi3.so').write_text('not a library')
-    result = run(package, CLAIM_CUDA + USE)
+    result = run(package.parent, CLAIM_CUDA + USE)
     assert result.stdout == '7.0\n'
     assert 'RuntimeError: mmdcn cannot run on cuda:1: ' in result.stderr
     assert '_C_cuda.abi3.so does not load into torch' in result.stderr
@@ -117,3 +119,64 @@ def test_a_fake_tensor_may_be_on_a_gpu_that_is_not_there() -> None:
             torch.zeros(shape, device='cuda') for shape in ((2, 4, 5, 6), (2, 2, 5, 6), (3, 4, 1, 1))
         )
         assert mmdcn.ops.deform_conv2d(images, offset, weight).shape == (2, 3, 5, 6)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason='this processor has no AVX2')
+@pytest.mark.parametrize(
+    ('capability', 'lacking', 'library'),
+    [
+        ('default', '', '_C'),
+        ('avx2', '', '_C_avx2'),
+        ('avx2', 'avx2', '_C'),
+        ('avx2', 'bmi2', '_C'),
+        ('avx512', 'avx512_f avx512_bw avx512_cd avx512_dq avx512_vl', '_C_avx2'),  # Haswell, Zen 3
+        ('avx512', 'avx512_bw avx512_dq avx512_vl', '_C_avx2'),  # Knights Landing
+        ('avx512', 'avx2 avx512_f', '_C'),
+    ],
+)
+def test_no_library_is_loaded_that_the_processor_cannot_run_whatever_aten_cpu_capability_says(
+    capability: str, lacking: str, library: str
+) -> None:
+    code = (
+        'import torch\n'
+        'features = dict(torch.cpu.get_capabilities())\n'
+        f'features.update(dict.fromkeys({lacking.split()}, False))\n'
+        'torch.cpu.get_capabilities = lambda: features\n'
+        'import mmdcn\n'
+        'print(*torch.ops.loaded_libraries)\n'
+    )
+    result = run(PACKAGE.parent, code, ATEN_CPU_CAPABILITY=capability)
+    assert f'/{library}.abi3.so' in result.stdout, result.stderr
+
+
+PRODUCTS = """
+from mmdcn.ops import deform_conv2d
+from deform_conv2d_cases import CASES, draw_grad_output, gradients
+from test_deform_conv2d import check_against_reference
+for dtype in (torch.float32, torch.bfloat16):
+    check_against_reference(CASES['everything at once'].draw(dtype))
+torch.set_num_threads(1)
+call = CASES['neither'].draw(torch.float32)
+with torch.profiler.profile() as profile:
+    gradients(deform_conv2d, call, draw_grad_output(call))
+print(*{event.name for event in profile.events()})
+"""
+
+
+@pytest.mark.parametrize('name', ['_linear_pointwise', '_reorder_linear_weight'])
+def test_an_operator_of_onednn_with_an_argument_more_is_not_called(name: str) -> None:
+    """As a later torch may have it: the core would give it fewer arguments than it reads."""
+    operators = torch.ops.mkldnn
+    if not hasattr(operators, name):
+        pytest.skip('this torch has no oneDNN')
+    grown = (
+        'import torch\n'
+        f'operator = torch.ops.mkldnn.{name}.default\n'
+        'operator._schema = torch._C.parse_schema(str(operator._schema).replace(") ->", ", bool more=False) ->"))\n'
+    )
+    paths = os.pathsep.join(map(str, (PACKAGE.parent, Path(__file__).parent)))
+    ordinary, later = (run(PACKAGE.parent, code + PRODUCTS, PYTHONPATH=paths) for code in ('import torch\n', grown))
+    assert ordinary.returncode == later.returncode == 0, ordinary.stderr + later.stderr
+    assert f'mkldnn::{name}' in ordinary.stdout.split()
+    assert not any(event.startswith('mkldnn::') for event in later.stdout.split())
+    assert 'aten::linear' in later.stdout.split()

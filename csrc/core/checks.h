@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -46,6 +47,22 @@ inline void check_floating(const torch::stable::Tensor& tensor, const char* name
 inline void check_same_type(const torch::stable::Tensor& tensor, const char* name, torch::headeronly::ScalarType type) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", toString(type), ", got ",
                   toString(tensor.scalar_type()));
+}
+
+// The type of places in an image: that of the image, or, since narrower types cannot count many pixels, float32.
+inline void check_place_type(const torch::stable::Tensor& tensor, const char* name,
+                             const torch::stable::Tensor& input) {
+  using torch::headeronly::ScalarType;
+  check_floating(tensor, name);
+  const bool wider = tensor.scalar_type() == ScalarType::Float && input.scalar_type() != ScalarType::Double;
+  if (!wider) check_same_type(tensor, name, input.scalar_type());
+}
+
+// So that no sum or product of them leaves 64 bits.
+inline void check_below_2_31(const std::vector<int64_t>& values, const char* name) {
+  for (const int64_t value : values) {
+    STD_TORCH_CHECK(value <= INT32_MAX, name, " must be less than 2^31, got ", to_string(values));
+  }
 }
 
 inline void check_same_device(const torch::stable::Tensor& tensor, const char* name,

@@ -15,6 +15,8 @@ namespace mmdcn {
 
 using torch::stable::Tensor;
 
+// The dispatcher reads as many arguments as the operator has, however many there are. torch sees to those of its native
+// operators (aten) when a later version has more; of any other the schema has to be compared first.
 template <typename... Args>
 Tensor call_torch(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};

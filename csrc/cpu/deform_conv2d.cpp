@@ -23,6 +23,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
 #include <type_traits>
 #include <vector>
 
@@ -39,7 +40,9 @@ namespace {
 constexpr int64_t kTileBytes = 5 << 18;  // of columns: about what a core's own cache holds
 constexpr int64_t kMaxTilePositions = 256;
 constexpr int64_t kBackwardTilePositions = 512;
-constexpr int64_t kChunkPositions = 4 * kBackwardTilePositions;
+constexpr int64_t kMaxChunkPositions = 4 * kBackwardTilePositions;
+constexpr int64_t kPlanBytes = 4 << 20;    // of a thread's samples, of which many offset groups have many
+constexpr int64_t kChunkBytes = 16 << 20;  // of a chunk's samples and their gradients, which the threads share
 constexpr int64_t kBlockChannels = 32;
 constexpr int64_t kCopyBytes = 9 << 20;   // of the copies of images at one time
 constexpr int64_t kBatchedChannels = 16;  // of groups that are multiplied all in one call
@@ -79,6 +82,9 @@ Round copy_round(const ConvGeometry& g, bool copies, bool may_split, int64_t ele
   return {std::clamp<int64_t>(kCopyBytes / (plane_bytes * g.in_channels), 1, std::max<int64_t>(g.batch, 1)),
           g.in_channels};
 }
+
+// As many positions as a product takes without a row to pad, at most `positions` unless these are too few.
+int64_t whole_rows(int64_t positions) { return std::max(positions / Linear::kRows * Linear::kRows, Linear::kRows); }
 
 // Calls body(segment, row) for positions first .. first + count - 1 of images [N, P, C], image by image: segment [n, C]
 // holds those from first + row on.
@@ -300,7 +306,8 @@ class Forward {
     const int64_t fitting = kTileBytes / static_cast<int64_t>(sizeof(E)) / (g.taps() * channels.size());
     const int64_t positions = g.batch * g.positions();
     const int64_t fair = std::min(std::clamp(positions / kFairTiles, fitting / 2, fitting), positions / kFewestTiles);
-    return std::clamp(fair / Linear::kRows * Linear::kRows, Linear::kRows, kMaxTilePositions);
+    const int64_t planned = kPlanBytes / static_cast<int64_t>(sizeof(Sample<T>)) / g.samples_per_position();
+    return whole_rows(std::min({fair, planned, kMaxTilePositions}));
   }
 
   // The sums of a batch are rounded to E before the bias is added, so E has to be T.
@@ -421,9 +428,10 @@ class Backward {
         needs_sampling_(output_mask[1] || output_mask[2]),
         needs_weight_(output_mask[3]),
         blocks_(channel_blocks(g, channels, kBlockChannels)),
+        chunk_positions_(chunk_positions(g, std::ssize(blocks_))),
         outside_(kBlockChannels, 0),
-        samples_(kChunkPositions * g_.samples_per_position()),
-        partials_(needs_sampling_ ? blocks_.size() * kChunkPositions * g.taps() : 0) {
+        samples_(chunk_positions_ * g_.samples_per_position()),
+        partials_(needs_sampling_ ? blocks_.size() * chunk_positions_ * g.taps() : 0) {
     const Tensor weight_taps = tap_major(g, weight, type);
     for (const ChannelBlock& block : blocks_) {
       const Tensor rows = slice(weight_taps, 0, block.group * g.group_out_channels(), g.group_out_channels());
@@ -440,8 +448,8 @@ class Backward {
   void run(const Sampling<T>& sampling, const Rows<T>& rows, const Rows<T>& grad_rows, const Tensor& grad_output,
            T* grad_offset, T* grad_mask) {
     const int64_t positions = grad_output.size(0) * grad_output.size(1);
-    for (int64_t first = 0; first < positions; first += kChunkPositions) {
-      const int64_t count = std::min(kChunkPositions, positions - first);
+    for (int64_t first = 0; first < positions; first += chunk_positions_) {
+      const int64_t count = std::min(chunk_positions_, positions - first);
       const Tensor chunk_grad = chunk_rows(grad_output, first, count);
       constexpr int64_t kGrain = 64;
       torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
@@ -473,6 +481,17 @@ class Backward {
   }
 
  private:
+  // One block's share of the gradients of a sample.
+  struct Partial {
+    T y, x, mask;
+  };
+
+  static int64_t chunk_positions(const ConvGeometry& g, int64_t blocks) {
+    const int64_t bytes =
+        g.offset_groups * static_cast<int64_t>(sizeof(Sample<T>)) + blocks * static_cast<int64_t>(sizeof(Partial));
+    return whole_rows(std::min(kChunkBytes / (g.taps() * bytes), kMaxChunkPositions));
+  }
+
   // [count, C_out] of grad_output: itself if it is so already.
   Tensor chunk_rows(const Tensor& grad_output, int64_t first, int64_t count) const {
     if (grad_output.scalar_type() == type_ && grad_output.is_contiguous()) {
@@ -485,11 +504,6 @@ class Backward {
     });
     return rows;
   }
-
-  // One block's share of the gradients of a sample.
-  struct Partial {
-    T y, x, mask;
-  };
 
   void run_block(int64_t index, const Rows<T>& rows, const Rows<T>& grad_rows, const Tensor& grad_output) {
     const Tensor group_grad = slice(grad_output, 1, blocks_[index].group * g_.group_out_channels(),
@@ -524,7 +538,7 @@ class Backward {
   void run_samples(Count channels, int64_t index, int64_t first, int64_t count, const Rows<T>& rows,
                    const Rows<T>& grad_rows, T* column) {
     const ChannelBlock& block = blocks_[index];
-    Partial* partial = partials_.data() + (index * kChunkPositions + first) * g_.taps();
+    Partial* partial = partials_.data() + (index * chunk_positions_ + first) * g_.taps();
     for (int64_t i = first; i < first + count; ++i) {
       const Sample<T>* samples = samples_.data() + (i * g_.offset_groups + block.offset_group) * g_.taps();
       for (int64_t tap = 0; tap < g_.taps(); ++tap, column += channels, ++partial) {
@@ -554,35 +568,39 @@ class Backward {
 
   void add_partials(int64_t chunk_position, int64_t position, T* grad_offset, T* grad_mask) const {
     const int64_t image = position / g_.positions(), place = position % g_.positions();
-    for (int64_t sample = 0; sample < g_.samples_per_position(); ++sample) {
-      Partial sum{0, 0, 0};
-      for (size_t block = 0; block < blocks_.size(); ++block) {
-        if (blocks_[block].offset_group != sample / g_.taps()) continue;
-        const Partial& part = partials_[(block * kChunkPositions + chunk_position) * g_.taps() + sample % g_.taps()];
-        sum.y += part.y, sum.x += part.x, sum.mask += part.mask;
+    for (size_t begin = 0, end = 0; begin < blocks_.size(); begin = end) {
+      const int64_t offset_group = blocks_[begin].offset_group;
+      while (end < blocks_.size() && blocks_[end].offset_group == offset_group) ++end;
+      // The first channels of a group set a gradient, those after them add to it.
+      const bool is_first = blocks_[begin].begin % g_.offset_group_channels() == 0;
+      const auto put = [&](T part, T& gradient) { gradient = is_first ? part : gradient + part; };
+      for (int64_t tap = 0; tap < g_.taps(); ++tap) {
+        Partial sum{0, 0, 0};
+        for (size_t block = begin; block < end; ++block) {
+          const Partial& part = partials_[(block * chunk_positions_ + chunk_position) * g_.taps() + tap];
+          sum.y += part.y, sum.x += part.x, sum.mask += part.mask;
+        }
+        const int64_t plane = (image * g_.offset_groups + offset_group) * g_.taps() + tap;
+        if (grad_offset) {
+          put(sum.y, grad_offset[2 * plane * g_.positions() + place]);
+          put(sum.x, grad_offset[(2 * plane + 1) * g_.positions() + place]);
+        }
+        if (grad_mask) put(sum.mask, grad_mask[plane * g_.positions() + place]);
       }
-      const int64_t plane = image * g_.samples_per_position() + sample;
-      if (grad_offset) {
-        put(sum.y, grad_offset[2 * plane * g_.positions() + place]);
-        put(sum.x, grad_offset[(2 * plane + 1) * g_.positions() + place]);
-      }
-      if (grad_mask) put(sum.mask, grad_mask[plane * g_.positions() + place]);
     }
   }
-
-  // The first channels set a gradient, those after them add to it.
-  void put(T part, T& gradient) const { gradient = channels_.begin == 0 ? part : gradient + part; }
 
   const ConvGeometry& g_;
   const Channels channels_;
   ScalarType type_;
   bool needs_input_, needs_sampling_, needs_weight_;
   std::vector<ChannelBlock> blocks_;
+  int64_t chunk_positions_;
   std::vector<T> outside_;            // [kBlockChannels], zeros
   std::vector<Linear> linears_;       // of each block: [K * block, C_out/groups]
   std::vector<Tensor> grad_weights_;  // of each block: [C_out/groups, K * block]
-  std::vector<Sample<T>> samples_;    // [kChunkPositions, offset_groups, K]
-  std::vector<Partial> partials_;     // [blocks, kChunkPositions, K]
+  std::vector<Sample<T>> samples_;    // [chunk_positions, offset_groups, K]
+  std::vector<Partial> partials_;     // [blocks, chunk_positions, K]
 };
 
 DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& offset,

@@ -301,7 +301,7 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
                                                 int64_t sampling_ratio, double gamma,
                                                 const std::vector<bool>& output_mask,
                                                 bool /*deterministic*/) {  // always
-  check_deform_roi_pool_backward(grad_output, input, offset, output_mask);
+  check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
   const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
                                                  spatial_scale, sampling_ratio, gamma);
   const ScalarType type = compute_type(input.scalar_type());

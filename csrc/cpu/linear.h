@@ -9,6 +9,12 @@
 #include "../core/dispatch.h"
 #include "../core/stable_ops.h"
 
+// Whether oneDNN's operators have the arguments that are given to them below. mmdcn._extension sets it, since their
+// schemas cannot be read here, and torch promises those of its native operators alone.
+extern "C" {
+__attribute__((visibility("default"))) inline bool mmdcn_knows_onednn = false;
+}
+
 namespace mmdcn {
 
 // x @ weight^T + bias, for many x and one weight.
@@ -36,7 +42,7 @@ class Linear {
                       bias_, std::string("none"), no_scalars, std::optional<std::string>());
   }
 
-  // Whether oneDNN has products of a type on this processor.
+  // Whether oneDNN has products of a type on this processor, and they can be called.
   static bool packs(ScalarType type) {
     static const bool packs_float = can_pack(ScalarType::Float), packs_bfloat16 = can_pack(ScalarType::BFloat16);
     return (type == ScalarType::Float && packs_float) || (type == ScalarType::BFloat16 && packs_bfloat16);
@@ -48,6 +54,7 @@ class Linear {
   }
 
   static bool can_pack(ScalarType type) {
+    if (!mmdcn_knows_onednn) return false;
     try {
       pack(torch::stable::empty({1, 1}, type));
       return true;

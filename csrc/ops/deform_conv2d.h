@@ -7,13 +7,15 @@
 
 #include "../core/checks.h"
 #include "../core/conv_geometry.h"
-#include "../core/dispatch.h"
 #include "../core/stable_ops.h"
 
 namespace mmdcn {
 
+// 0 if the kernel does not fit into the padded image.
 inline int64_t conv_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  const int64_t last = size + 2 * padding - 1;
+  if (kernel > 1 && dilation > last / (kernel - 1)) return 0;  // whose product may overflow
+  return (last - dilation * (kernel - 1)) / stride + 1;
 }
 
 // The sizes of a call, once every tensor is known to fit them.
@@ -31,6 +33,9 @@ inline ConvGeometry deform_conv2d_geometry(const Tensor& input,                /
   STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0, "stride must be positive, got ", to_string(stride));
   STD_TORCH_CHECK(dilation[0] > 0 && dilation[1] > 0, "dilation must be positive, got ", to_string(dilation));
   STD_TORCH_CHECK(padding[0] >= 0 && padding[1] >= 0, "padding must not be negative, got ", to_string(padding));
+  check_below_2_31(stride, "stride");
+  check_below_2_31(padding, "padding");
+  check_below_2_31(dilation, "dilation");
   STD_TORCH_CHECK(groups > 0 && offset_groups > 0, "groups and offset_groups must be positive");
 
   ConvGeometry g{};
@@ -38,22 +43,20 @@ inline ConvGeometry deform_conv2d_geometry(const Tensor& input,                /
   g.out_channels = weight.size(0), g.kernel_height = weight.size(2), g.kernel_width = weight.size(3);
   g.stride_y = stride[0], g.stride_x = stride[1], g.padding_y = padding[0], g.padding_x = padding[1];
   g.dilation_y = dilation[0], g.dilation_x = dilation[1], g.groups = groups, g.offset_groups = offset_groups;
-  g.out_height = conv_output_size(g.height, g.kernel_height, g.stride_y, g.padding_y, g.dilation_y);
-  g.out_width = conv_output_size(g.width, g.kernel_width, g.stride_x, g.padding_x, g.dilation_x);
-
   STD_TORCH_CHECK(g.in_channels > 0 && g.height > 0 && g.width > 0 && weight.numel() > 0,
                   "input and weight must not be empty, got ", to_string(input.sizes()), " and ",
                   to_string(weight.sizes()));
+  check_below_2_31({g.height, g.width}, "the size of an image");
+  g.out_height = conv_output_size(g.height, g.kernel_height, g.stride_y, g.padding_y, g.dilation_y);
+  g.out_width = conv_output_size(g.width, g.kernel_width, g.stride_x, g.padding_x, g.dilation_x);
   STD_TORCH_CHECK(g.in_channels % groups == 0 && g.out_channels % groups == 0 && g.in_channels % offset_groups == 0,
                   "channels must be divisible by groups and offset_groups");
   STD_TORCH_CHECK(g.out_height > 0 && g.out_width > 0, "the output would be empty: ", g.out_height, " x ", g.out_width);
+  check_below_2_31({g.out_height, g.out_width}, "the size of the output");
   check_shape(weight, "weight", {g.out_channels, g.group_in_channels(), g.kernel_height, g.kernel_width});
   check_shape(offset, "offset", {g.batch, 2 * offset_groups * g.taps(), g.out_height, g.out_width});
   check_floating(input, "input");
-  check_floating(offset, "offset");
-  const ScalarType type = input.scalar_type(), offset_type = offset.scalar_type();
-  STD_TORCH_CHECK(offset_type == type || (offset_type == ScalarType::Float && compute_type(type) == ScalarType::Float),
-                  "offset must be of the type of input, or float32 if that is narrower, got ", toString(offset_type));
+  check_place_type(offset, "offset", input);
   check_same_type(weight, "weight", input.scalar_type());
   check_same_device(weight, "weight", input);
   check_same_device(offset, "offset", input);

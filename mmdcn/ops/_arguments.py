@@ -14,23 +14,29 @@ Parameters = ParamSpec('Parameters')
 
 Pair = tuple[int, int]  # (y, x)
 
+LIMIT = 2**31  # of integers, so that no sum or product of them leaves the core's 64 bits
+
 FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
-    """Give (y, x) from one integer or two, none less than the minimum."""
+    """Give (y, x) from one integer or two, none less than the minimum nor as large as 2^31."""
     both = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(both) != 2 or not all(_is_integer(one) for one in both):
         raise ValueError(f'{name} must be an integer or a pair (y, x) of integers, got {value!r}')
     if both[0] < minimum or both[1] < minimum:
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
+    if both[0] >= LIMIT or both[1] >= LIMIT:
+        raise ValueError(f'{name} must be less than 2^31, got {value}')
     return _as_int(both[0]), _as_int(both[1])
 
 
 def count(value: int, name: str) -> int:
-    """Give an integer, 0 or more."""
+    """Give an integer, 0 or more and less than 2^31."""
     if not _is_integer(value) or value < 0:
         raise ValueError(f'{name} must be an integer, 0 or more, got {value!r}')
+    if value >= LIMIT:
+        raise ValueError(f'{name} must be less than 2^31, got {value}')
     return _as_int(value)
 
 
@@ -91,6 +97,18 @@ def check_shape(tensor: Tensor, name: str, layout: str, *sizes: int) -> None:
     check(
         all(got == size for got, size in zip(tensor.shape, sizes, strict=True)),
         lambda: f'{name} must have shape {layout} = {list(sizes)}, got shape {list(tensor.shape)}',
+    )
+
+
+def check_output_mask(output_mask: Sequence[bool], count: int, index: int, name: str, tensor: Tensor | None) -> None:
+    """Check what says which gradients are needed; the one at the index is that of a tensor that may be absent."""
+    check(
+        len(output_mask) == count,
+        lambda: f'output_mask must have {count} elements, got {len(output_mask)}',
+    )
+    check(
+        tensor is not None or not output_mask[index],
+        lambda: f'output_mask asks for the gradient of {name}, but there is no {name}',
     )
 
 

@@ -15,6 +15,7 @@ from mmdcn.ops._arguments import (
     check,
     check_floating,
     check_like,
+    check_output_mask,
     check_shape,
     overridable,
     pair,
@@ -70,24 +71,17 @@ def deform_conv2d(
 
     Raises:
         ValueError: If an argument's rank, shape, type or device does not fit, or the output would
-            be empty.
+            be empty, or a stride, padding or dilation is 2^31 or more.
     """
     (input, weight, bias), (offset, mask) = autocast((input, weight, bias), (offset, mask))
-    step, pad, gap = (
-        pair(stride, 'stride', 1),
-        pair(padding, 'padding', 0),
-        pair(dilation, 'dilation', 1),
-    )
-    tensors = (input, offset, weight, bias, step, pad, gap, mask)
+    geometry = _geometry(stride, padding, dilation)
     if torch.compiler.is_compiling():
-        _check(*tensors)
+        _check(input, offset, weight, bias, *geometry, mask)
     try:
-        groups, offset_groups = _groups(input, offset, weight)
-        return _convolve(
-            input, offset, mask, weight, bias, step, pad, gap, groups, offset_groups, allow_tf32(input)
-        )
+        groups = _groups(input, offset, weight)
+        return _convolve(input, offset, mask, weight, bias, *geometry, *groups, allow_tf32(input))
     except Exception:
-        _check(*tensors)  # the operator checks them too; this says what is wrong with one
+        _check(input, offset, weight, bias, *geometry, mask)  # as the operator does, but this says what is wrong
         raise
 
 
@@ -95,6 +89,12 @@ def _groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
     """Give the number of weight groups and of offset groups that follow from the shapes, if those fit."""
     _, group_channels, kernel_height, kernel_width = weight.shape
     return input.shape[1] // group_channels, offset.shape[1] // (2 * kernel_height * kernel_width)
+
+
+def _geometry(
+    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
+) -> tuple[Pair, Pair, Pair]:
+    return pair(stride, 'stride', 1), pair(padding, 'padding', 0), pair(dilation, 'dilation', 1)
 
 
 def _check(
@@ -235,17 +235,30 @@ def _fake(
     offset_groups: int,
     allow_tf32: bool = False,
 ) -> Tensor:
-    expected = _check(input, offset, weight, bias, stride, padding, dilation, mask)
+    shape = _output_shape(input, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+def _output_shape(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    offset_groups: int,
+) -> tuple[int, ...]:
+    """Check all that the operator checks, and give [B, C_out, H_out, W_out]."""
+    geometry = _geometry(stride, padding, dilation)
+    expected = _check(input, offset, weight, bias, *geometry, mask)
     check(
         (groups, offset_groups) == expected,
         lambda: f'groups and offset_groups must be {expected} by the shapes, got {(groups, offset_groups)}',
     )
-    size = (
-        input.shape[0],
-        weight.shape[0],
-        *_output_size(input, weight, stride, padding, dilation),
-    )
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    return (input.shape[0], weight.shape[0], *_output_size(input, weight, *geometry))
 
 
 @torch.library.register_fake(_BACKWARD_OP)
@@ -264,6 +277,11 @@ def _fake_backward(
     deterministic: bool,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = _output_shape(input, offset, mask, weight, None, stride, padding, dilation, groups, offset_groups)
+    check_floating(grad_output, 'grad_output', 4, '[B, C_out, H_out, W_out]')
+    check_shape(grad_output, 'grad_output', '[B, C_out, H_out, W_out]', *shape)
+    check_like(grad_output, 'grad_output', input, input.dtype)
+    check_output_mask(output_mask, 4, 2, 'mask', mask)
     return (
         empty_gradient(output_mask[0], input, memory_format(input)),
         empty_gradient(output_mask[1], offset),

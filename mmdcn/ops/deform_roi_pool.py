@@ -14,6 +14,7 @@ from mmdcn.ops._arguments import (
     check,
     check_floating,
     check_like,
+    check_output_mask,
     check_shape,
     count,
     overridable,
@@ -60,7 +61,7 @@ def deform_roi_pool(
         The bins, in the type of the input; under autocast, in autocast's type, while regions and offsets keep float32.
 
     Raises:
-        ValueError: If an argument's rank, shape, type or device does not fit.
+        ValueError: If an argument's rank, shape, type or device does not fit, or an integer is 2^31 or more.
         RuntimeError: If a region names an image that is not there. On CUDA, where to ask would mean to wait for the
             device, such a region gives NaN instead.
     """
@@ -113,10 +114,11 @@ def _fake(
     sampling_ratio: int,
     gamma: float,
 ) -> Tensor:
-    _check(input, rois, offset, output_size)
+    size = pair(output_size, 'output_size', 1)
+    _check(input, rois, offset, size)
     count(sampling_ratio, 'sampling_ratio')
-    size = (rois.shape[0], input.shape[1], *output_size)
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    shape = (rois.shape[0], input.shape[1], *size)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
 @torch.library.register_fake(_BACKWARD_OP)
@@ -131,6 +133,13 @@ def _fake_backward(
     output_mask: Sequence[bool],
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_floating(grad_output, 'grad_output', 4, '[N, C, ph, pw]')
+    size = pair(grad_output.shape[2:], 'output_size', 1)
+    _check(input, rois, offset, size)
+    count(sampling_ratio, 'sampling_ratio')
+    check_shape(grad_output, 'grad_output', '[N, C, ph, pw]', rois.shape[0], input.shape[1], *size)
+    check_like(grad_output, 'grad_output', input, input.dtype)
+    check_output_mask(output_mask, 2, 1, 'offset', offset)
     return (
         empty_gradient(output_mask[0], input, memory_format(input)),
         empty_gradient(output_mask[1], rois if offset is None else offset),
