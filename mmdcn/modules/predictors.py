@@ -58,7 +58,8 @@ def make_predictors(layer: Any) -> list[Predictor]:
     They stay the very same objects, with the parameters that they have.
     """
     parts = [getattr(layer, name) for name in ('conv_offset', 'offset_fc', 'mask_fc') if hasattr(layer, name)]
-    predictors = [[module for module in part.modules() if type(module) in _CLASSES][-1] for part in parts]
+    plain = [[module for module in part.modules() if type(module) in _CLASSES] for part in parts]
+    predictors = [modules[-1] for modules in plain if modules]  # none, where another package has put its own
     for predictor in predictors:
         predictor.__class__ = _CLASSES[type(predictor)]
     return predictors
