@@ -30,9 +30,7 @@ def mmseg_backbone(name: str, **settings: Any) -> nn.Module:
 def rtmdet() -> nn.Module:
     generator = dict(type='MlvlPointGenerator', offset=0, strides=[8])
     coder = dict(type='DistancePointBBoxCoder')
-    detector = BaseModule()  # as every detector is one
-    detector.head = dense_heads.RTMDetHead(**HEAD, conv_cfg=DCN, anchor_generator=generator, bbox_coder=coder)
-    return detector
+    return dense_heads.RTMDetHead(**HEAD, conv_cfg=DCN, anchor_generator=generator, bbox_coder=coder)
 
 
 STAGES = dict(depth=50, base_channels=8, dcn=DCN, stage_with_dcn=(False, True, True, True))
@@ -45,6 +43,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     'EfficientNet': lambda: backbones.EfficientNet('b0', conv_cfg=DCN),
     'DetectoRS': lambda: backbones.DetectoRS_ResNet(**STAGES),
     'RTMDet, which draws by isinstance': rtmdet,
+    'NAS-FCOS, which draws by isinstance': lambda: necks.NASFCOS_FPN([8, 8, 8], 8, 4, 1, conv_cfg=DCN),
     'ResNeSt of mmseg': lambda: mmseg_backbone('ResNeSt', **STAGES),
     'ResNetV1c of mmseg': lambda: mmseg_backbone('ResNetV1c', **STAGES),
     'MobileNetV2 of mmseg': lambda: mmseg_backbone('MobileNetV2', widen_factor=0.25, conv_cfg=DCN),
@@ -107,6 +106,7 @@ WAYS: dict[str, dict] = {
     'all that has a weight': dict(init_cfg=dict(NORMAL, layer='None', override=dict(NORMAL, name='plain'))),
     'by isinstance': dict(draw=draw_convolution),
     'by reset_parameters': dict(draw=lambda module: getattr(module, 'reset_parameters', list)()),
+    'by apply': dict(draw=lambda module: module.apply(draw_convolution)),
     'each parameter': dict(draw=lambda module: [nn.init.normal_(parameter) for parameter in module.parameters()]),
 }
 ROI_POOLING = dict(output_size=(2, 3), output_channels=4, deform_fc_channels=8)
@@ -126,10 +126,33 @@ def test_however_a_parent_draws_its_weights_offsets_stay_zero_and_masks_one_half
 ) -> None:
     settings = ROI_POOLING if 'RoI' in name else dict(in_channels=4, out_channels=6, kernel_size=3)
     layer = getattr(modules if switch == 'registered' else mmcv.ops, name)(**settings)
-    model = BaseModule()
-    model.parent = Parent(mmdcn.convert_model(layer), **WAYS[way])
-    model.init_weights()
-    assert largest(roi_predictors(layer) if 'RoI' in name else predictors(model)) == 0
+    parent = Parent(mmdcn.convert_model(layer), **WAYS[way])
+    parent.init_weights()
+    assert largest(roi_predictors(layer) if 'RoI' in name else predictors(parent)) == 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_parent_may_initialize_the_offsets_by_their_name(name: str) -> None:
+    class Own(BaseModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.Sequential(getattr(modules, name)(4, 6, 3))
+
+        def init_weights(self) -> None:
+            nn.init.constant_(self.plain[0].conv_offset.bias, 0.25)
+
+    own = Own()
+    own.init_weights()
+    assert largest(predictors(own)) == 0.25
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_outside_of_an_initialization_a_predictor_is_a_module_as_any(name: str) -> None:
+    model = nn.Sequential(getattr(modules, name)(4, 6, 3))
+    model.apply(draw_convolution)
+    assert [key for key, _ in model.named_modules()] == ['', '0', '0.conv_offset']
+    assert [key for key, _ in model.named_parameters()][-2:] == ['0.conv_offset.weight', '0.conv_offset.bias']
+    assert largest(predictors(model)) > 0
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -2,19 +2,26 @@
 """What predicts offsets and masks: convolutions and linear layers that are zero until they learn something else.
 
 Note: [Offsets start at zero]
-A layer is right from its construction on. Then mmengine initializes the model: a parent draws the weights of all
-convolutions below it (`init_cfg=dict(layer='Conv2d')`), or of all modules (`override`), and a head those that it finds
-by isinstance. A layer cannot undo that, since no container of torch calls its `init_weights`. But mmengine gives every
-module `_params_init_info` while it initializes, and takes it away at the end. A predictor keeps its parameters then:
-what has changed them is undone, unless it was the layer itself, or a checkpoint.
+A layer is right from its construction on. Then OpenMMLab's `init_weights` draws the weights of a model: by the names of
+classes (`init_cfg=dict(layer='Conv2d')`) or of all modules (`override`), both by `apply`; or by a loop over `modules()`
+or `parameters()`. A layer can neither forbid nor undo that, since no container of torch passes `init_weights` on to it.
+So a predictor hides from all who look for modules while a function of that name runs, whosever it is. It is found by
+its name, `layer.conv_offset`, and loads checkpoints, as ever.
 """
 
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 
-_DURING = '_params_init_info'
+
+def _is_in_init_weights() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != 'init_weights':
+        frame = frame.f_back
+    return frame is not None
 
 
 class Predictor(nn.Module):
@@ -22,29 +29,16 @@ class Predictor(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the parameters to zero."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-        self._keep()
+        for parameter in self._parameters.values():
+            nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._keep()
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Give itself by its name; nothing during an initialization."""
+        return iter(()) if _is_in_init_weights() else super().named_modules(*args, **kwargs)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == _DURING:
-            self._keep()
-
-    def __delattr__(self, name: str) -> None:
-        super().__delattr__(name)
-        if name == _DURING:
-            with torch.no_grad():
-                for parameter, kept in zip(self.parameters(), self.__dict__.pop('_kept'), strict=True):
-                    parameter.copy_(kept)
-
-    def _keep(self) -> None:
-        if hasattr(self, _DURING):
-            self._kept = [parameter.detach().clone() for parameter in self.parameters()]
+    def apply(self, fn: Callable[[nn.Module], Any]) -> 'Predictor':
+        """Apply a function to itself, but for an initialization."""
+        return self if _is_in_init_weights() else super().apply(fn)
 
 
 class ConvPredictor(Predictor, nn.Conv2d):
@@ -64,7 +58,8 @@ def make_predictors(layer: Any) -> list[Predictor]:
     They stay the very same objects, with the parameters that they have.
     """
     parts = [getattr(layer, name) for name in ('conv_offset', 'offset_fc', 'mask_fc') if hasattr(layer, name)]
-    predictors = [[module for module in part.modules() if type(module) in _CLASSES][-1] for part in parts]
+    plain = [[module for module in part.modules() if type(module) in _CLASSES] for part in parts]
+    predictors = [modules[-1] for modules in plain if modules]  # none, where another package has put its own
     for predictor in predictors:
         predictor.__class__ = _CLASSES[type(predictor)]
     return predictors
