@@ -667,10 +667,10 @@ template <typename scalar_t, int kVector>
 struct GatherGradient {
   using T = compute_t<scalar_t>;
 
-  static constexpr uint32_t kResident = sizeof(T) == 4 ? 3 : 2;
+  static constexpr uint32_t kResident = sizeof(T) == 4 ? 3 : 1;
   static constexpr uint32_t kRows = 4, kColumns = 8, kLanes = kRows * kColumns;
   static constexpr uint32_t kOwn = 32;       // channels of a thread
-  static constexpr uint32_t kGradients = 4;  // of the output, at a time
+  static constexpr uint32_t kGradients = 2;  // of the output, at a time; more would spill registers
   static constexpr uint32_t kGroups = kBlockThreads / kLanes;
 
   struct Shared {
@@ -772,7 +772,7 @@ struct GatherGradient {
       const uint32_t i = j / kShares, k = j % kShares;
       if (k >= kRows + kColumns) continue;
       const Bin<T>& bin = located.bins[shared.bins[i]];
-      const AxisSamples<T> axis = k < kRows ? bin.y : bin.x;
+      const AxisSamples<T>& axis = k < kRows ? bin.y : bin.x;
       T& weight = k < kRows ? shared.rows[i][k] : shared.columns[i][k - kRows];
       weight = axis.at(k < kRows ? tile.row + k : tile.column + k - kRows).weight;
     }
