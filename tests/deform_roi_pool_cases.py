@@ -101,9 +101,11 @@ CASES = {
     'several blocks of channels': Case(channels=70),
     'vectors of channels': Case(channels=48, size=(6, 5), bins=(3, 2)),
     'one bin of vectors': Case(channels=48, size=(6, 5), bins=(1, 1)),
-    # On CUDA: more pixels and weights than fit into shared memory, more bins and regions than a block has threads for.
-    'large regions': Case(channels=1, size=(95, 96), rois=4, bins=(7, 7), batch=1),
     'many bins': Case(size=(8, 9), rois=4, bins=(9, 14)),
+}
+# More pixels and weights than fit into a GPU's shared memory; more regions than a thread block looks at together.
+LARGE = {
+    'large regions': Case(channels=1, size=(95, 96), rois=4, bins=(7, 7), batch=1),
     'many regions': Case(channels=2, size=(4, 5), rois=300, bins=(1, 2)),
 }
 

@@ -29,6 +29,7 @@ CALLS['wider than a warp'] = Case((264, 2), (4, 3), (1, 2))
 CALLS['many taps'] = Case((8, 2), (6, 5), (2, 7), padding=(1, 3), offset_groups=2)
 # One whose tiles are whole rows, wider than a patch.
 CALLS['patches'] = Case((8, 2), (9, 10), (2, 3), padding=(1, 1))
+ROI_CASES = roi_pool.CASES | roi_pool.LARGE
 # Of input, offset and weight; one without a mask has no other gradient in the last row.
 NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -170,11 +171,11 @@ def test_deform_conv2d_reads_no_unaligned_vector(host: object, dtype: torch.dtyp
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('dtype', TOLERANCES)
-@pytest.mark.parametrize('name', roi_pool.CASES)
+@pytest.mark.parametrize('name', ROI_CASES)
 def test_deform_roi_pool_equals_the_cpu(
     host: object, name: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
-    call = roi_pool.CASES[name].draw(dtype)
+    call = ROI_CASES[name].draw(dtype)
     images = call.input.contiguous(memory_format=memory_format)
     if len(call.rois):
         call.rois[1, 3] = torch.nan
@@ -216,6 +217,43 @@ def test_deform_roi_pool_takes_tensors_that_begin_between_vectors(
             results.append((output, *gradients))
         for pair in zip(*results, strict=True):
             _compare(pair, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('bins', [(3, 1), (1, 3), (1, 1)])
+def test_deform_roi_pool_takes_any_stride_of_a_dimension_of_one(host: object, bins: tuple[int, int]) -> None:
+    call = roi_pool.Case(bins=bins).draw()
+    grad_output = roi_pool.draw_grad_output(call)
+    strides = [1000 if size == 1 else stride for size, stride in zip(grad_output.shape, grad_output.stride())]
+    grad_output = grad_output.as_strided(grad_output.shape, strides)
+    arguments = (
+        grad_output,
+        call.input,
+        call.rois,
+        call.offset,
+        call.spatial_scale,
+        0,
+        call.gamma,
+        (True, True),
+        False,
+    )
+    gradients = (ops.deform_roi_pool_backward(*arguments) for ops in (host, torch.ops.mmdcn))
+    for pair in zip(*gradients, strict=True):
+        _compare(pair, TOLERANCES[torch.float64])
+
+
+def test_deform_roi_pool_calls_torch_for_memory_only(host: object) -> None:
+    """A call costs the host some microseconds."""
+    call = roi_pool.CASES['several blocks of channels'].draw(torch.float32)
+    settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
+    places = (call.input, call.rois, call.offset)
+    grad_output = roi_pool.draw_grad_output(call)
+    with torch.profiler.profile() as forward:
+        host.deform_roi_pool(*places, call.output_size, *settings)
+    with torch.profiler.profile() as backward:
+        host.deform_roi_pool_backward(grad_output, *places, *settings, (True, True), False)
+    calls = [[event.name for event in run.events() if event.name.startswith('aten::')] for run in (forward, backward)]
+    # The output; both gradients, what is known of the bins, and the parts of a sum.
+    assert calls == [['aten::empty'], ['aten::empty'] * 4]
 
 
 def test_deform_roi_pool_gives_nan_for_a_region_of_no_image(host: object) -> None:

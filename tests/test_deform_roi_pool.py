@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from deform_conv2d_cases import LAYOUTS, Recorder, assert_the_same_bits_with_any_number_of_threads, expanded
 from deform_roi_pool_cases import (
     CASES,
+    LARGE,
     Call,
     Case,
     assert_close,
@@ -46,6 +48,11 @@ def check_against_reference(call: Call) -> None:
 @each_dtype
 def test_output_and_every_gradient_equal_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
     check_against_reference(case.draw(dtype, device))
+
+
+@pytest.mark.parametrize('name', LARGE)
+def test_large_calls_equal_the_reference(name: str, device: str) -> None:
+    check_against_reference(LARGE[name].draw(torch.float32, device))
 
 
 @each_case
@@ -209,6 +216,32 @@ def test_an_image_too_large_to_copy_whole_gives_what_the_reference_does(dtype: t
     check_against_reference(call)
 
 
+@each_dtype
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_cuda_takes_no_memory_for_images(memory_format: torch.memory_format, dtype: torch.dtype, device: str) -> None:
+    """Beside the results: nothing, and in the backward some bytes for each bin."""
+    if device == 'cpu':
+        pytest.skip('the CPU copies parts of images')
+    call = Case(channels=64, size=(200, 336), rois=40, bins=(7, 7), reach=0.1).draw(dtype, device)
+    call = replace(call, input=call.input.contiguous(memory_format=memory_format))
+    settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
+    places = (call.input, call.rois, call.offset)
+    grad_output = draw_grad_output(call).contiguous(memory_format=memory_format)
+
+    def extra_bytes(function: Callable[[], Any]) -> int:
+        function()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = function()
+        own = sum(result.nbytes for result in ([results] if isinstance(results, Tensor) else results))
+        return torch.cuda.max_memory_allocated() - before - own
+
+    ops, bins = torch.ops.mmdcn, 40 * 49
+    assert extra_bytes(lambda: ops.deform_roi_pool(*places, call.output_size, *settings)) < 4096
+    backward = partial(ops.deform_roi_pool_backward, grad_output, *places, *settings, (True, True), False)
+    assert extra_bytes(backward) < 200 * bins + 4096
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_every_mix_of_strides_gives_the_same_values(layout: str, device: str) -> None:
     call = CASES['vectors of channels'].draw(device=device)
@@ -292,10 +325,11 @@ def test_on_the_cpu_neither_runs_nor_the_number_of_threads_change_a_bit(name: st
     assert_the_same_bits_with_any_number_of_threads(lambda: gradients(deform_roi_pool, call, grad_output))
 
 
-def test_deterministic_algorithms_give_the_same_bits_in_each_run(device: str) -> None:
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_each_run_gives_the_same_bits(deterministic: bool, device: str) -> None:
     call = Case(channels=40, size=(6, 7), rois=50, reach=2).draw(torch.float32, device)
     grad_output = draw_grad_output(call)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     try:
         first = gradients(deform_roi_pool, call, grad_output)
         for _ in range(5):

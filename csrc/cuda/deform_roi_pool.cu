@@ -42,15 +42,15 @@ ImageView<scalar_t> image_view(const Tensor& images) {
           images.stride(3)};
 }
 
-// Bins [N, C, ph, pw], of which the rows follow one another as the bins of a row do.
+// Whether bins [N, C, ph, pw] have one stride, over the rows too.
 bool has_bin_stride(const Tensor& bins) {
-  return bins.size(2) == 1 || bins.stride(2) == bins.size(3) * bins.stride(3) ||
-         (bins.size(3) == 1 && bins.stride(2) == bins.stride(3));
+  return bins.size(2) == 1 || bins.size(3) == 1 || bins.stride(2) == bins.size(3) * bins.stride(3);
 }
 
 template <typename scalar_t>
 BinView<scalar_t> bin_view(const Tensor& bins) {
-  return {static_cast<scalar_t*>(bins.data_ptr()), bins.stride(0), bins.stride(1), bins.stride(3)};
+  return {static_cast<scalar_t*>(bins.data_ptr()), bins.stride(0), bins.stride(1),
+          bins.size(3) == 1 ? bins.stride(2) : bins.stride(3)};
 }
 
 // Whether the channels of each pixel may be read and written in vectors.

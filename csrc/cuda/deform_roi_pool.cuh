@@ -89,11 +89,12 @@ C10_HOST_DEVICE Box box_of(const Bin<T>& bin) {
 // One image, of which kVector channels are read: adjacent ones as a vector, if kAdjacent.
 template <typename scalar_t, int kVector, bool kAdjacent, typename Stride>
 struct Pixels {
-  const scalar_t* first;  // pixel (0, 0)
+  const scalar_t* first;
+  int32_t first_row, first_column;
   Stride row_stride, column_stride, channel_stride;
 
   C10_HOST_DEVICE const scalar_t* at(int32_t row, int32_t column) const {
-    return first + row * row_stride + column * column_stride;
+    return first + (row - first_row) * row_stride + (column - first_column) * column_stride;
   }
   C10_HOST_DEVICE Vector<scalar_t, kVector> right_of(const scalar_t* pixel, int32_t columns) const {
     const scalar_t* at = pixel + columns * column_stride;
@@ -296,7 +297,7 @@ struct OverVectors : RoIs<scalar_t> {
   C10_HOST_DEVICE void each_vector(const Bin<T>& bin, const Threads& threads, const Body& body) const {
     for (int64_t c = threads.lane * kVector; c < this->geometry.channels; c += threads.lanes * kVector) {
       const scalar_t* image = input.at(bin.is_nan() ? 0 : bin.image, c, 0, 0);
-      body(c, Pixels<scalar_t, kVector, true, int64_t>{image, input.row_stride, input.column_stride, 1});
+      body(c, Pixels<scalar_t, kVector, true, int64_t>{image, 0, 0, input.row_stride, input.column_stride, 1});
     }
   }
 };
@@ -458,15 +459,14 @@ struct OverPatches : RoIs<scalar_t> {
         const bool has_second = lanes < channels && lane + lanes < count;
         const Two two = {i, lane, lane + lanes, has_second};
         if (fits) {
-          const int32_t width = box.x.size();
           const scalar_t* values = shared.values + lane * patch.channel_stride;
           const int32_t to_second = has_second ? lanes * patch.channel_stride : 0;
           body(two, first,
-               Pixels<scalar_t, 2, false, int32_t>{values - box.y.begin * width - box.x.begin, width, 1, to_second});
+               Pixels<scalar_t, 2, false, int32_t>{values, box.y.begin, box.x.begin, box.x.size(), 1, to_second});
         } else {
           const int64_t to_second = has_second ? lanes * input.channel_stride : 0;
           body(two, first,
-               Pixels<scalar_t, 2, false, int64_t>{input.at(image, first + lane, 0, 0), input.row_stride,
+               Pixels<scalar_t, 2, false, int64_t>{input.at(image, first + lane, 0, 0), 0, 0, input.row_stride,
                                                    input.column_stride, to_second});
         }
       }
@@ -667,10 +667,10 @@ template <typename scalar_t, int kVector>
 struct GatherGradient {
   using T = compute_t<scalar_t>;
 
-  static constexpr uint32_t kResident = sizeof(T) == 4 ? 3 : 2;
+  static constexpr uint32_t kResident = sizeof(T) == 4 ? 3 : 1;
   static constexpr uint32_t kRows = 4, kColumns = 8, kLanes = kRows * kColumns;
   static constexpr uint32_t kOwn = 32;       // channels of a thread
-  static constexpr uint32_t kGradients = 4;  // of the output, at a time
+  static constexpr uint32_t kGradients = 2;  // of the output, at a time; more would spill registers
   static constexpr uint32_t kGroups = kBlockThreads / kLanes;
 
   struct Shared {
@@ -772,7 +772,7 @@ struct GatherGradient {
       const uint32_t i = j / kShares, k = j % kShares;
       if (k >= kRows + kColumns) continue;
       const Bin<T>& bin = located.bins[shared.bins[i]];
-      const AxisSamples<T> axis = k < kRows ? bin.y : bin.x;
+      const AxisSamples<T>& axis = k < kRows ? bin.y : bin.x;
       T& weight = k < kRows ? shared.rows[i][k] : shared.columns[i][k - kRows];
       weight = axis.at(k < kRows ? tile.row + k : tile.column + k - kRows).weight;
     }
