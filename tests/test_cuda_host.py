@@ -223,19 +223,10 @@ def test_deform_roi_pool_takes_tensors_that_begin_between_vectors(
 def test_deform_roi_pool_takes_any_stride_of_a_dimension_of_one(host: object, bins: tuple[int, int]) -> None:
     call = roi_pool.Case(bins=bins).draw()
     grad_output = roi_pool.draw_grad_output(call)
-    strides = [1000 if size == 1 else stride for size, stride in zip(grad_output.shape, grad_output.stride())]
+    strides = [1000 if grad_output.size(dim) == 1 else grad_output.stride(dim) for dim in range(4)]
     grad_output = grad_output.as_strided(grad_output.shape, strides)
-    arguments = (
-        grad_output,
-        call.input,
-        call.rois,
-        call.offset,
-        call.spatial_scale,
-        0,
-        call.gamma,
-        (True, True),
-        False,
-    )
+    settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
+    arguments = (grad_output, call.input, call.rois, call.offset, *settings, (True, True), False)
     gradients = (ops.deform_roi_pool_backward(*arguments) for ops in (host, torch.ops.mmdcn))
     for pair in zip(*gradients, strict=True):
         _compare(pair, TOLERANCES[torch.float64])
