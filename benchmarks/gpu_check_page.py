@@ -118,7 +118,7 @@ def page(record: Record) -> str:
 def summary(record: Record) -> str:
     parts = [
         f'# mmdcn {record["commit"]} on a GPU\n',
-        f'Kernels: {record["kernels"]}. {record["seconds"]:.0f} s in all.\n',
+        f'{record["seconds"]:.0f} s in all.\n',
         facts(record),
         '## Goals\n',
         goals_table(record),
