@@ -179,6 +179,7 @@ struct Columns {
         }
       }
       if constexpr (kDots) {
+        threads.sync_group();  // the weights have been read
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
           const T sum = sum_of_quarter<kLanes>(dots[u], sub, threads);
