@@ -10,7 +10,8 @@
 //   backward:  columns = grad_output x weight;               grad_input, grad_offset, grad_mask from them; then
 //              columns = samples, in the place of their gradient;  grad_weight += grad_output^T x columns
 //
-// So in half types the gradients of input, offset and mask come from columns' gradients rounded to the type.
+// So in half types the gradients of input, offset and mask come from columns' gradients rounded to the type. A sample
+// wholly outside its image gives none, whatever the gradient of its column is.
 //
 // The kernels are bound by the instructions of a sample, so that nothing is computed twice: a warp takes one tap of one
 // offset group at a patch of at most 32 positions (deform_conv2d_columns.cuh).

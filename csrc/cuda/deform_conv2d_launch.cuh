@@ -32,20 +32,19 @@ struct Sampling {
 // Whether no number that the kernels hold in 32 bits is too large for a call of so many images, and for tiles of so
 // many positions. Fewer of either may fit, unless an image alone has too many pixels.
 inline bool fits(const ConvGeometry& g, int64_t pixel_stride, int64_t tile_positions) {
-  constexpr int64_t kLimit = int64_t{1} << 31, kHalf = kLimit / 2;
-  const auto product = [](auto... factors) { return (static_cast<double>(factors) * ...); };  // which does not overflow
-  const int64_t position_samples = g.samples_per_position();
-  const auto extent = [](int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
-    return static_cast<double>(out - 1) * stride + static_cast<double>(kernel - 1) * dilation;
+  constexpr double kSigned = int64_t{1} << 31, kUnsigned = 2 * kSigned, kCoordinate = kSigned / 2;
+  const auto product = [](auto... factors) { return (static_cast<double>(factors) * ...); };  // it does not overflow
+  const auto farthest = [&](int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
+    return product(out - 1, stride) + product(kernel - 1, dilation);
   };
-  return product(g.batch, g.height, g.width, std::max(pixel_stride, g.offset_groups)) < kLimit &&
-         product(g.batch, g.out_height, g.out_width) < kLimit &&
-         product(tile_positions, g.taps(), g.in_channels) < kLimit &&
-         product(tile_positions, position_samples, 4) < kLimit &&
-         // with the places that patches leave empty
-         product(g.out_height + 4, g.out_width + 8, 1) < kLimit && g.padding_y < kHalf && g.padding_x < kHalf &&
-         extent(g.out_height, g.stride_y, g.kernel_height, g.dilation_y) < kHalf &&
-         extent(g.out_width, g.stride_x, g.kernel_width, g.dilation_x) < kHalf;
+  return product(g.batch, g.height, g.width, pixel_stride) < kUnsigned &&
+         product(g.batch, g.height, g.width, g.offset_groups) < kSigned &&
+         product(g.batch, g.out_height, g.out_width) < kSigned &&
+         product(tile_positions, g.taps(), g.in_channels) < kUnsigned &&
+         product(tile_positions, g.samples_per_position(), 4) < kSigned &&  // the corners
+         std::max(g.padding_y, g.padding_x) < kCoordinate &&
+         farthest(g.out_height, g.stride_y, g.kernel_height, g.dilation_y) < kCoordinate &&
+         farthest(g.out_width, g.stride_x, g.kernel_width, g.dilation_x) < kCoordinate;
 }
 
 namespace launching {
