@@ -124,7 +124,9 @@ void copy_images(const In* in, const ImageStrides& from, Out* out, const ImageSt
   if constexpr (!std::is_same_v<In, Out> && sizeof(In) <= 4) {  // the gradient of rows, from its sum
     const bool dense = to.channel == 1 && to.x == channels && to.y == width * channels && to.image == height * to.y;
     const bool same = from.channel == 1 && from.x == to.x && from.y == to.y && from.image == to.image;
-    const auto is_aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; };
+    const auto is_aligned = [](const void* address) {
+      return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
+    };
     if (dense && same && is_aligned(in) && is_aligned(out)) {
       const CopyNumbers<In, Out> copy{in, out, images * height * width * channels};
       if (copy.blocks() > 0) launch(copy, device);
@@ -133,9 +135,14 @@ void copy_images(const In* in, const ImageStrides& from, Out* out, const ImageSt
   }
   const bool even = from.y == width * from.x && to.y == width * to.x;
   const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
-  const CopyImages<In, Out> copy{
-      .in = in, .out = out, .from = from, .to = to, .channels = number(channels),
-      .rows = even ? 1 : number(height), .row_pixels = number(even ? height * width : width), .images = number(images)};
+  const CopyImages<In, Out> copy{.in = in,
+                                 .out = out,
+                                 .from = from,
+                                 .to = to,
+                                 .channels = number(channels),
+                                 .rows = even ? 1 : number(height),
+                                 .row_pixels = number(even ? height * width : width),
+                                 .images = number(images)};
   if (copy.blocks() > 0) launch(copy, device);
 }
 

@@ -2,8 +2,9 @@
 // What the host does: rounds of images, tiles of positions, launches and matrix products. See Note [Deformable
 // convolution on CUDA].
 //
-// A call of torch costs as much as a kernel, so that there are few: the results are allocated, and one workspace, of which
-// each part is a pointer. Images that are not NHWC rows are copied to such, and results from such, by rounds of images.
+// A call of torch costs as much as a kernel, so that there are few: the results are allocated, and one workspace, of
+// which each part is a pointer. Images that are not NHWC rows are copied to such, and results from such, by rounds of
+// images.
 #include "deform_conv2d.cuh"
 
 #include <algorithm>
@@ -23,7 +24,7 @@
 namespace mmdcn {
 namespace {
 
-constexpr int64_t kTileRows = 4;          // a tile has a multiple of so many, as patches do
+constexpr int64_t kTileRows = 4;  // a tile has a multiple of so many, as patches do
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -93,7 +94,9 @@ class ImageRows {
   }
 
   scalar_t* read(const Workspace& workspace, int64_t first, int64_t count) const {
-    if (copied_) copy_images(data_ + first * strides_.image, strides_, at(workspace, first), rows(), count, channels_, height_, width_, device_);
+    if (copied_)
+      copy_images(data_ + first * strides_.image, strides_, at(workspace, first), rows(), count, channels_, height_,
+                  width_, device_);
     return at(workspace, first);
   }
 
@@ -137,8 +140,8 @@ struct Rounds {
     const int64_t rows = kTileRows * g.out_width, unit = rows * columns <= kTileBytes ? rows : 1;
     tile_positions = tiles <= 1 ? total : std::min(ceil_div(ceil_div(total, tiles), unit) * unit, total);
     STD_TORCH_CHECK(fits(of(g, images), g.in_channels, tile_positions),
-                    "input and offset must have images of fewer than 2^31 elements, got ", g.in_channels, " x ", g.height,
-                    " x ", g.width, " and ", g.out_height, " x ", g.out_width, " output positions");
+                    "input and offset must have images of fewer than 2^31 elements, got ", g.in_channels, " x ",
+                    g.height, " x ", g.width, " and ", g.out_height, " x ", g.out_width, " output positions");
   }
 
   static ConvGeometry of(ConvGeometry g, int64_t images) {
@@ -179,7 +182,9 @@ struct Call {
         weight(weight, !is_rows(weight)) {}
 
   int64_t depth() const { return geometry.taps() * geometry.group_in_channels(); }  // of the products
-  int64_t column_bytes() const { return geometry.taps() * geometry.in_channels * static_cast<int64_t>(sizeof(scalar_t)); }
+  int64_t column_bytes() const {
+    return geometry.taps() * geometry.in_channels * static_cast<int64_t>(sizeof(scalar_t));
+  }
   ScalarType type() const { return torch::headeronly::CppTypeToScalarType<scalar_t>::value; }
   ScalarType compute() const { return torch::headeronly::CppTypeToScalarType<T>::value; }
 
@@ -209,7 +214,9 @@ struct Call {
   Matrices by_group(scalar_t* rows, const Sampling<scalar_t>& tile) const {
     return {rows + tile.first * geometry.out_channels, geometry.out_channels, geometry.group_out_channels(), type()};
   }
-  Matrices columns(const Sampling<scalar_t>& tile) const { return {tile.columns, depth(), tile.count * depth(), type()}; }
+  Matrices columns(const Sampling<scalar_t>& tile) const {
+    return {tile.columns, depth(), tile.count * depth(), type()};
+  }
   Matrices weights(void* data, ScalarType type) const {
     return {data, depth(), geometry.group_out_channels() * depth(), type};
   }
@@ -240,8 +247,8 @@ void forward_by_columns(Call<scalar_t>& call, const std::optional<Tensor>& bias,
     const auto round = call.sampling(rows, first, images, workspace.take<scalar_t>(columns));
     call.for_each_tile(round, rounds.tile_positions, [&](const Sampling<scalar_t>& tile) {
       launch_sample_columns(tile);
-      matrix_product(call.columns(tile), weight, call.by_group(sums, tile), g.groups, tile.count, g.group_out_channels(),
-                     call.depth(), bias.has_value(), call.allow_tf32);
+      matrix_product(call.columns(tile), weight, call.by_group(sums, tile), g.groups, tile.count,
+                     g.group_out_channels(), call.depth(), bias.has_value(), call.allow_tf32);
     });
     if (result.copied()) result.write(sums, first, images);
   });
@@ -437,15 +444,14 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
   check_backward(grad_output, input, mask, output_mask, g);
   const DeviceGuard guard(input.get_device_index());
   const ScalarType type = compute_type(input.scalar_type());
-  const Gradients gradients{
-      .input = empty_gradient(output_mask[0], input, input.scalar_type(), memory_format(input)),
-      .offset = empty_gradient(output_mask[1], offset, type),
-      .mask = empty_gradient(output_mask[2], mask.value_or(offset), type),
-      .weight = empty_gradient(output_mask[3], weight, weight.scalar_type()),
-      .needs_input = output_mask[0],
-      .needs_offset = output_mask[1],
-      .needs_mask = output_mask[2],
-      .needs_weight = output_mask[3]};
+  const Gradients gradients{.input = empty_gradient(output_mask[0], input, input.scalar_type(), memory_format(input)),
+                            .offset = empty_gradient(output_mask[1], offset, type),
+                            .mask = empty_gradient(output_mask[2], mask.value_or(offset), type),
+                            .weight = empty_gradient(output_mask[3], weight, weight.scalar_type()),
+                            .needs_input = output_mask[0],
+                            .needs_offset = output_mask[1],
+                            .needs_mask = output_mask[2],
+                            .needs_weight = output_mask[3]};
   if (g.batch == 0) {
     clear(gradients.weight.data_ptr(), gradients.weight.numel() * weight.element_size(), input.get_device_index());
   } else {

@@ -16,7 +16,8 @@ struct Mma {
   static constexpr int kRows = kBlockRows, kColumns = kBlockColumns, kStages = kBlockStages, kResident = kBlocks;
   static constexpr int kThreads = (kRows / kWarpRows) * (kColumns / kWarpColumns) * 32;
   static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
-  static constexpr int kVectors = kRows * 8 / kThreads, kVectorRows = kThreads / 8;  // of a thread in a step; between them
+  static constexpr int kVectors = kRows * 8 / kThreads,
+                       kVectorRows = kThreads / 8;  // of a thread in a step; between them
   static constexpr int kOperandBytes = kRows * kRowBytes, kStageBytes = kColumns * kRowBytes;
   static constexpr int kTapBytes = kRows * kEntryBytes, kWeights = kTapBytes / 2, kPitch = kColumns * 2 + 16;
 
@@ -46,8 +47,9 @@ struct Mma {
   // vectors of the step after that from `after`.
   template <bool kGather>
   __device__ __forceinline__ static void step(const void* input, float (&sum)[kRowTiles][kColumnTiles][4],
-                                              Slot (&slots)[2], uint32_t operand, uint32_t target, uint32_t weights, const Place& next,
-                                              const Place& after, uint32_t own_row, uint32_t own_column) {
+                                              Slot (&slots)[2], uint32_t operand, uint32_t target, uint32_t weights,
+                                              const Place& next, const Place& after, uint32_t own_row,
+                                              uint32_t own_column) {
     constexpr int kProducts = kRowTiles * kColumnTiles, kWords = kVectors, kProductsOfWord = kProducts / kWords;
     static_assert(kVectors % 2 == 0 && kProducts % kWords == 0);
     uint32_t vector[4];
@@ -69,16 +71,19 @@ struct Mma {
           Slot& slot = slots[own % 2];
           vector[word] = slot.corners.template blend<scalar_t>(slot.weights, word);
           if (word == 3) {
-            store_shared(target + own * kVectorRows * kRowBytes, make_uint4(vector[0], vector[1], vector[2], vector[3]));
+            store_shared(target + own * kVectorRows * kRowBytes,
+                         make_uint4(vector[0], vector[1], vector[2], vector[3]));
             const bool same_step = own + 2 < kVectors;
             const Place& place = same_step ? next : after;
-            slot.load(input, place.entry + (same_step ? own + 2 : own + 2 - kVectors) * kVectorRows * 16, place.channel);
+            slot.load(input, place.entry + (same_step ? own + 2 : own + 2 - kVectors) * kVectorRows * 16,
+                      place.channel);
           }
         }
 #pragma unroll
         for (int j = 0; j < kProductsOfWord; ++j) {
           const int product = i * kProductsOfWord + j, row = product / kColumnTiles, column = product % kColumnTiles;
-          Pair<scalar_t>::multiply(sum[row][column], a[row], b[column / 2][column % 2 * 2], b[column / 2][column % 2 * 2 + 1]);
+          Pair<scalar_t>::multiply(sum[row][column], a[row], b[column / 2][column % 2 * 2],
+                                   b[column / 2][column % 2 * 2 + 1]);
         }
       }
     }
@@ -97,7 +102,8 @@ struct Mma {
     const auto copy_weights = [&](int32_t step, int32_t stage) {
 #pragma unroll
       for (int i = 0; i < kColumns * 8 / kThreads; ++i) {
-        copy_async(stages + stage * kStageBytes + (thread + i * kThreads) * 16, own_weights + step * step_bytes + i * kThreads * 16);
+        copy_async(stages + stage * kStageBytes + (thread + i * kThreads) * 16,
+                   own_weights + step * step_bytes + i * kThreads * 16);
       }
     };
 #pragma unroll
@@ -110,7 +116,8 @@ struct Mma {
     const int32_t warp_column = warp / (kRows / kWarpRows) * kWarpColumns;
     const uint32_t own_target = row * kRowBytes + (((thread & 7) ^ (row & 7)) << 4);
     const uint32_t own_row = (warp_row + lane % 16) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
-    const uint32_t own_column = (warp_column + (lane & 7) + (lane >> 4 << 3)) * kRowBytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
+    const uint32_t own_column =
+        (warp_column + (lane & 7) + (lane >> 4 << 3)) * kRowBytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
     const uint32_t own_table = table + row * 16;
     float sum[kRowTiles][kColumnTiles][4] = {};
     int32_t stage = 0, copy_stage = kStages - 1, done = 0;
@@ -152,7 +159,8 @@ struct Mma {
         for (int word = 0; word < 4; ++word) {
           vector[word] = slot.corners.template blend<scalar_t>(slot.weights, word);
         }
-        store_shared(operands + own_target + own * kVectorRows * kRowBytes, make_uint4(vector[0], vector[1], vector[2], vector[3]));
+        store_shared(operands + own_target + own * kVectorRows * kRowBytes,
+                     make_uint4(vector[0], vector[1], vector[2], vector[3]));
         const bool same_step = own + 2 < kVectors;
         const Place& from = same_step ? first : next;
         slot.load(call.input, from.entry + (same_step ? own + 2 : own + 2 - kVectors) * kVectorRows * 16, from.channel);
@@ -166,8 +174,8 @@ struct Mma {
         commit_copies();
         const uint32_t weights = stages + stage * kStageBytes;
         if (done + 1 < group_end) {
-          step<true>(call.input, sum, slots, operands + operand, operands + (operand ^ kOperandBytes) + own_target, weights, next,
-                     place, own_row, own_column);
+          step<true>(call.input, sum, slots, operands + operand, operands + (operand ^ kOperandBytes) + own_target,
+                     weights, next, place, own_row, own_column);
         } else {
           step<false>(call.input, sum, slots, operands + operand, 0, weights, next, place, own_row, own_column);
         }
@@ -208,8 +216,8 @@ struct Mma {
 };
 
 template <typename Form>
-__global__ void __launch_bounds__(Form::kThreads, Form::kResident) fused_mma(const __grid_constant__ FusedForward call,
-                                                                            const __grid_constant__ FusedSteps plan) {
+__global__ void __launch_bounds__(Form::kThreads, Form::kResident)
+    fused_mma(const __grid_constant__ FusedForward call, const __grid_constant__ FusedSteps plan) {
   Form::run(call, plan);
 }
 
@@ -243,15 +251,14 @@ bool occupies(const FusedForward& call, const FusedShape& shape, int32_t device)
 }  // namespace
 
 FusedShape fused_mma_shape(const FusedForward& call) {
-  return with_mma_form<__half>(call, [&](auto form) -> FusedShape {
-    return {form.kRows, form.kColumns, form.shared_bytes(call.taps)};
-  });
+  return with_mma_form<__half>(
+      call, [&](auto form) -> FusedShape { return {form.kRows, form.kColumns, form.shared_bytes(call.taps)}; });
 }
 
 FusedForm fused_form(const FusedForward& call, int32_t device) {
   if (call.channels / call.offset_groups % kChunk != 0 || call.out_channels % 64 != 0) return FusedForm::kNone;
-  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                         attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
   const FusedForm form = capability == 90 ? FusedForm::kWgmma : FusedForm::kMma;
   const FusedShape shape = form == FusedForm::kWgmma ? fused_wgmma_shape(call) : fused_mma_shape(call);
   const bool fits = shape.shared_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

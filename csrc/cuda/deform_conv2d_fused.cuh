@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both forms of Note [Fused forward] share: where a block's positions and samples lie, and how samples are blended.
+// What both forms of Note [Fused forward] share: where a block's positions and samples lie, and how samples are
+// blended.
 #pragma once
 
 #include "deform_conv2d_fused.h"
@@ -18,10 +19,15 @@ struct FusedSteps {
   int32_t table_end;            // bytes of an offset group's table
   int32_t table_bytes;          // of shared memory for it
 
-  static FusedSteps of(const FusedForward& call, int32_t rows, int32_t columns, int32_t tap_bytes, int32_t table_bytes) {
+  static FusedSteps of(const FusedForward& call, int32_t rows, int32_t columns, int32_t tap_bytes,
+                       int32_t table_bytes) {
     const int32_t column_tiles = call.out_channels / columns, steps = call.channels / kChunk * call.taps;
-    return {(call.positions() + rows - 1) / rows * column_tiles, column_tiles, steps, steps / call.offset_groups,
-            call.taps * tap_bytes, table_bytes};
+    return {(call.positions() + rows - 1) / rows * column_tiles,
+            column_tiles,
+            steps,
+            steps / call.offset_groups,
+            call.taps * tap_bytes,
+            table_bytes};
   }
 };
 
@@ -60,7 +66,8 @@ __device__ __forceinline__ FusedSample fused_sample(const FusedForward& call, co
     x += __ldg(call.offset.at(at.image, 2 * channel + 1, at.y, at.x));
     mask = call.mask.data ? __ldg(call.mask.at(at.image, channel, at.y, at.x)) : 1.0f;
   }
-  const bool inside = valid && y > -1 && x > -1 && y < static_cast<float>(call.height) && x < static_cast<float>(call.width);
+  const bool inside =
+      valid && y > -1 && x > -1 && y < static_cast<float>(call.height) && x < static_cast<float>(call.width);
   const float floor_y = floorf(y), floor_x = floorf(x), fy = y - floor_y, fx = x - floor_x;
   const int32_t top = static_cast<int32_t>(floor_y), left = static_cast<int32_t>(floor_x);
   const bool has_top = inside && top >= 0, has_bottom = inside && top + 1 < call.height;

@@ -15,13 +15,13 @@ struct Wgmma {
   static constexpr int kColumns = kBlockColumns, kResident = kBlocks;
   static constexpr int kStageBytes = kColumns * kRowBytes, kWarpRows = 16;
   static constexpr int kLag = kStages > 3 ? 3 : 2;            // steps until a stage is filled again
-  static constexpr int kHalves = kColumns > 128 ? 2 : 1;       // in which the result is written
-  static constexpr int kPitch = kColumns / kHalves * 2 + 16;   // of its rows
+  static constexpr int kHalves = kColumns > 128 ? 2 : 1;      // in which the result is written
+  static constexpr int kPitch = kColumns / kHalves * 2 + 16;  // of its rows
   static constexpr int kTapBytes = kWarpRows * kEntryBytes, kWeights = kTapBytes / 2;
   static constexpr int kAhead = 2;  // vectors that are loaded before they are blended
 
-  // Shared memory: the ring of weights, its barriers, the rows of each warp's positions, and each warp's table, in whose
-  // place its result is written.
+  // Shared memory: the ring of weights, its barriers, the rows of each warp's positions, and each warp's table, in
+  // whose place its result is written.
   static constexpr int kBarriers = kStages * kStageBytes, kRowNumbers = kBarriers + kStages * 16;
   static constexpr int kTables = kRowNumbers + kWarps * kWarpRows * 4;
 
@@ -188,7 +188,8 @@ struct Wgmma {
           const int32_t target = load_shared_int(rows + row * 4);
           const uint4 values = load_shared(table + row * kPitch + vector * 16);
           if (target < 0) continue;
-          const int64_t channel = static_cast<int64_t>(target) * call.out_channels + first_column + half * kWidth + vector * 8;
+          const int64_t channel =
+              static_cast<int64_t>(target) * call.out_channels + first_column + half * kWidth + vector * 8;
           *reinterpret_cast<uint4*>(static_cast<scalar_t*>(call.output) + channel) = values;
         }
       }
@@ -201,8 +202,8 @@ struct Wgmma {
 };
 
 template <typename Form>
-__global__ void __launch_bounds__(Form::kThreads, Form::kResident) fused_wgmma(const __grid_constant__ FusedForward call,
-                                                                              const __grid_constant__ FusedSteps plan) {
+__global__ void __launch_bounds__(Form::kThreads, Form::kResident)
+    fused_wgmma(const __grid_constant__ FusedForward call, const __grid_constant__ FusedSteps plan) {
   Form::run(call, plan);
 }
 
@@ -232,9 +233,8 @@ void run_wgmma(const FusedForward& call, int32_t device) {
 }  // namespace
 
 FusedShape fused_wgmma_shape(const FusedForward& call) {
-  return with_wgmma_form<__half>(call, [&](auto form) -> FusedShape {
-    return {form.kRows, form.kColumns, form.shared_bytes(call.taps)};
-  });
+  return with_wgmma_form<__half>(
+      call, [&](auto form) -> FusedShape { return {form.kRows, form.kColumns, form.shared_bytes(call.taps)}; });
 }
 
 void run_fused_wgmma(const FusedForward& call, bool is_half, int32_t device) {

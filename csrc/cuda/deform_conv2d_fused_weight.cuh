@@ -9,9 +9,9 @@
 
 namespace mmdcn {
 
-// The weight [C_out, C_in, kh, kw] as [C_in/64, K, C_out, 64] for Note [Fused forward]: the 16-byte vectors of a row are
-// swizzled by its number, as the tensor cores read them from shared memory, and for `wgmma` channels are permuted. C_in
-// zeros follow.
+// The weight [C_out, C_in, kh, kw] as [C_in/64, K, C_out, 64] for Note [Fused forward]: the 16-byte vectors of a row
+// are swizzled by its number, as the tensor cores read them from shared memory, and for `wgmma` channels are permuted.
+// C_in zeros follow.
 template <typename scalar_t>
 struct PackWeight {
   static constexpr uint32_t kResident = 0, kChunk = 64, kVector = 8, kBlockVectors = 256;

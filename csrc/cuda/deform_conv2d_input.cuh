@@ -94,8 +94,8 @@ struct AddToInput {
     }
   }
 
-  // Pixels that lie close to each other have slots that do: two rows of 16 are half of a warp's. They share most of their
-  // samples, whose columns then come from the multiprocessor's own cache.
+  // Pixels that lie close to each other have slots that do: two rows of 16 are half of a warp's. They share most of
+  // their samples, whose columns then come from the multiprocessor's own cache.
   C10_DEVICE static uint32_t first_slot(uint32_t y, uint32_t x) {
     return y % kSlotRows / 2 * (2 * kSlotColumns) + x % kSlotColumns * 2 + y % 2;
   }

@@ -384,15 +384,15 @@ constexpr int64_t kBlockChannels = 32;  // of a block
 constexpr uint32_t kSharedBytes = 48 << 10;
 
 // Ours are what a body keeps for each bin and channel that it has at a time.
-template <typename scalar_t, int kOwn>
+template <typename scalar_t, int kLaneChannels>
 struct PatchShared {
   using T = compute_t<scalar_t>;
 
   LocatedBins<T, kPatchBins> located;
-  T own[kOwn][kPatchChannels][kPatchBins];
+  T own[kLaneChannels][kPatchChannels][kPatchBins];
 
   static constexpr uint32_t kUsed =
-      sizeof(LocatedBins<T, kPatchBins>) + sizeof(T) * kOwn * kPatchChannels * kPatchBins + 16;
+      sizeof(LocatedBins<T, kPatchBins>) + sizeof(T) * kLaneChannels * kPatchChannels * kPatchBins + 16;
   static constexpr uint32_t kValues = (kSharedBytes - kUsed) / sizeof(scalar_t);
 
   scalar_t values[kValues];
@@ -405,10 +405,10 @@ struct Two {
   bool has_second;
 };
 
-template <typename scalar_t, int kOwn>
+template <typename scalar_t, int kLaneChannels>
 struct OverPatches : RoIs<scalar_t> {
   using typename RoIs<scalar_t>::T;
-  using Shared = PatchShared<scalar_t, kOwn>;
+  using Shared = PatchShared<scalar_t, kLaneChannels>;
 
   static constexpr uint32_t kResident = sizeof(T) == 4 ? 4 : 1;
 
@@ -669,8 +669,8 @@ struct GatherGradient {
 
   static constexpr uint32_t kResident = sizeof(T) == 4 ? 3 : 1;
   static constexpr uint32_t kRows = 4, kColumns = 8, kLanes = kRows * kColumns;
-  static constexpr uint32_t kOwn = 32;       // channels of a thread
-  static constexpr uint32_t kGradients = 2;  // of the output, at a time; more would spill registers
+  static constexpr uint32_t kLaneChannels = 32;  // channels of a thread
+  static constexpr uint32_t kGradients = 2;      // of the output, at a time; more would spill registers
   static constexpr uint32_t kGroups = kBlockThreads / kLanes;
 
   struct Shared {
@@ -679,7 +679,7 @@ struct GatherGradient {
     uint32_t bins[kBlockThreads];   // index of each bin among those of all regions
     int64_t starts[kBlockThreads];  // of its gradients
     T rows[kBlockThreads][kRows], columns[kBlockThreads][kColumns];
-    alignas(kVectorBytes) T grads[kGroups][kGradients][kOwn];
+    alignas(kVectorBytes) T grads[kGroups][kGradients][kLaneChannels];
   };
 
   RoIGeometry geometry;
@@ -691,7 +691,7 @@ struct GatherGradient {
   C10_HOST_DEVICE uint32_t tile_rows() const { return (geometry.height + kRows - 1) / kRows; }
   C10_HOST_DEVICE uint32_t tile_columns() const { return (geometry.width + kColumns - 1) / kColumns; }
   C10_HOST_DEVICE uint32_t channel_blocks() const {
-    return (geometry.channels + kOwn * kGroups - 1) / (kOwn * kGroups);
+    return (geometry.channels + kLaneChannels * kGroups - 1) / (kLaneChannels * kGroups);
   }
   C10_HOST_DEVICE uint32_t blocks() const { return geometry.batch * tile_rows() * tile_columns() * channel_blocks(); }
   C10_HOST_DEVICE TileBlock block(uint32_t index) const {
@@ -699,15 +699,15 @@ struct GatherGradient {
     const uint32_t row = index / columns % rows, image_and_block = index / columns / rows;
     const uint32_t batch = geometry.batch, channel_block = image_and_block / batch;
     return {static_cast<int32_t>(image_and_block % batch), static_cast<int32_t>(row * kRows),
-            static_cast<int32_t>(column * kColumns), static_cast<int32_t>(channel_block * kOwn * kGroups)};
+            static_cast<int32_t>(column * kColumns), static_cast<int32_t>(channel_block * kLaneChannels * kGroups)};
   }
 
   template <typename Threads>
   C10_HOST_DEVICE void run(const TileBlock& tile, Shared& shared, const Threads& threads) const {
     for (uint32_t first_group = 0; first_group < kGroups; first_group += threads.groups) {
       const uint32_t group = first_group + threads.group;
-      const int32_t channel = group < kGroups ? tile.first_channel + group * kOwn : geometry.channels;
-      T sum[kOwn] = {};
+      const int32_t channel = group < kGroups ? tile.first_channel + group * kLaneChannels : geometry.channels;
+      T sum[kLaneChannels] = {};
       const uint32_t rois = geometry.rois;
       for (uint32_t roi = 0; roi < rois; roi += threads.count()) {
         const uint32_t candidates = choose_rois(tile, roi, shared, threads) * static_cast<uint32_t>(geometry.bins());
@@ -785,7 +785,7 @@ struct GatherGradient {
   }
 
   template <typename Threads>
-  C10_HOST_DEVICE void add(uint32_t bins, int32_t channel, T (&sum)[kOwn], Shared& shared,
+  C10_HOST_DEVICE void add(uint32_t bins, int32_t channel, T (&sum)[kLaneChannels], Shared& shared,
                            const Threads& threads) const {
     const bool has_channel = channel + threads.lane < geometry.channels;
     const scalar_t* own = grad_output.at(0, has_channel ? channel + threads.lane : channel, 0);
@@ -804,7 +804,7 @@ struct GatherGradient {
       for (uint32_t i = 0; i < count; ++i) {
         const T weight = shared.rows[first + i][row] * shared.columns[first + i][column];
         if (weight == 0) continue;
-        for (uint32_t c = 0; c < kOwn; ++c) {
+        for (uint32_t c = 0; c < kLaneChannels; ++c) {
           sum[c] += weight * grads[i][c];
         }
       }
@@ -813,12 +813,12 @@ struct GatherGradient {
   }
 
   template <typename Threads>
-  C10_HOST_DEVICE void write(const TileBlock& tile, int32_t channel, const T (&sum)[kOwn],
+  C10_HOST_DEVICE void write(const TileBlock& tile, int32_t channel, const T (&sum)[kLaneChannels],
                              const Threads& threads) const {
     const int32_t row = tile.row + threads.lane / kColumns, column = tile.column + threads.lane % kColumns;
     if (row >= geometry.height || column >= geometry.width) return;
     scalar_t* target = grad_input.at(tile.image, channel, row, column);
-    for (uint32_t c = 0; c < kOwn; c += kVector) {
+    for (uint32_t c = 0; c < kLaneChannels; c += kVector) {
       if (channel + static_cast<int32_t>(c) >= geometry.channels) return;
       Vector<scalar_t, kVector> rounded;
       for (int i = 0; i < kVector; ++i) {

@@ -29,7 +29,8 @@ constexpr uint32_t kThreads = 256;
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffff;
 
-// Of the columns of a tile. On an H100, 100 to 200 MiB are quicker than what its L2 cache holds: there are fewer launches.
+// Of the columns of a tile. On an H100, 100 to 200 MiB are quicker than what its L2 cache holds: there are fewer
+// launches.
 constexpr int64_t kTileBytes = 128 << 20;
 constexpr int64_t kCopyBytes = 40 << 20;  // of the images that are copied at a time, unless one image has more
 

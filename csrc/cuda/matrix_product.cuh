@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of matrices by cuBLAS, with torch's handle: one call for a batch, without the tensors and the dispatcher that
-// a call of torch takes, and with TF32 as the operator says. tests/cuda_host has a twin of this file.
+// Products of matrices by cuBLAS, with torch's handle: one call for a batch, without the tensors and the dispatcher
+// that a call of torch takes, and with TF32 as the operator says. tests/cuda_host has a twin of this file.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -31,8 +31,8 @@ struct Matrices {
 
 inline cudaDataType cuda_type(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
-  return type == ScalarType::Double ? CUDA_R_64F
-         : type == ScalarType::Half ? CUDA_R_16F
+  return type == ScalarType::Double     ? CUDA_R_64F
+         : type == ScalarType::Half     ? CUDA_R_16F
          : type == ScalarType::BFloat16 ? CUDA_R_16BF
                                         : CUDA_R_32F;
 }
@@ -52,10 +52,13 @@ inline void matrix_product(const Matrices& a, const Matrices& b, const Matrices&
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
   // cuBLAS has matrices by columns: what is a row here is a column there, and c^T = b^T x a^T.
   const int status = cublasGemmStridedBatchedEx(
-      handle, b.transposed, a.transposed, static_cast<int>(columns), static_cast<int>(rows), static_cast<int>(depth), one,
-      b.data, cuda_type(b.type), static_cast<int>(b.stride), b.batch_stride, a.data, cuda_type(a.type),
+      handle, b.transposed, a.transposed, static_cast<int>(columns), static_cast<int>(rows), static_cast<int>(depth),
+      one, b.data, cuda_type(b.type), static_cast<int>(b.stride), b.batch_stride, a.data, cuda_type(a.type),
       static_cast<int>(a.stride), a.batch_stride, beta, c.data, cuda_type(c.type), static_cast<int>(c.stride),
-      c.batch_stride, static_cast<int>(batch), is_double ? kDouble : is_float && allow_tf32 ? kFloatFromTf32 : kFloat,
+      c.batch_stride, static_cast<int>(batch),
+      is_double                ? kDouble
+      : is_float && allow_tf32 ? kFloatFromTf32
+                               : kFloat,
       kDefaultAlgorithm);
   STD_TORCH_CHECK(status == 0, "a product of matrices [", rows, ", ", depth, "] x [", depth, ", ", columns,
                   "] failed with cuBLAS's status ", status);

@@ -25,17 +25,13 @@ __device__ __forceinline__ uint4 load_global(const void* pointer) {
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
 
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address));
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
   return v;
 }
 
@@ -180,32 +176,35 @@ __device__ __forceinline__ uint64_t swizzled_rows(uint32_t address) {
 template <typename scalar_t, int kColumns>
 __device__ void multiply(float (&sum)[kColumns / 2], const uint32_t* a, uint64_t b);
 
-#define MMDCN_8_REGISTERS(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), \
-                             "+f"(sum[i + 4]), "+f"(sum[i + 5]), "+f"(sum[i + 6]), "+f"(sum[i + 7])
+#define MMDCN_8_REGISTERS(i)                                                                              \
+  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), \
+      "+f"(sum[i + 6]), "+f"(sum[i + 7])
 #define MMDCN_32_REGISTERS(i) \
   MMDCN_8_REGISTERS(i), MMDCN_8_REGISTERS(i + 8), MMDCN_8_REGISTERS(i + 16), MMDCN_8_REGISTERS(i + 24)
 #define MMDCN_64_REGISTERS(i) MMDCN_32_REGISTERS(i), MMDCN_32_REGISTERS(i + 32)
 #define MMDCN_128_REGISTERS(i) MMDCN_64_REGISTERS(i), MMDCN_64_REGISTERS(i + 64)
-#define MMDCN_0_TO_31 \
+#define MMDCN_0_TO_31                                                                                              \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define MMDCN_0_TO_63 \
-  MMDCN_0_TO_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+#define MMDCN_0_TO_63                                                                                 \
+  MMDCN_0_TO_31                                                                                       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
   "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MMDCN_0_TO_127 \
-  MMDCN_0_TO_63 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
+#define MMDCN_0_TO_127                                                                                            \
+  MMDCN_0_TO_63                                                                                                   \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "             \
   "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
-  "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, " \
+  "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, "  \
   "%122, %123, %124, %125, %126, %127"
 // The operands after the sums are numbered from half of `columns` on.
-#define MMDCN_MULTIPLY(scalar_t, type, columns, registers, sums, a0, a1, a2, a3, b)                                    \
-  template <>                                                                                                          \
-  __device__ __forceinline__ void multiply<scalar_t, columns>(float (&sum)[columns / 2], const uint32_t* a,            \
-                                                              uint64_t descriptor) {                                   \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" sums "}, {" a0 ", " a1      \
-                 ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                                                                \
-                 : registers(0)                                                                                        \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));                                       \
+#define MMDCN_MULTIPLY(scalar_t, type, columns, registers, sums, a0, a1, a2, a3, b)                                \
+  template <>                                                                                                      \
+  __device__ __forceinline__ void multiply<scalar_t, columns>(float (&sum)[columns / 2], const uint32_t* a,        \
+                                                              uint64_t descriptor) {                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" sums "}, {" a0 ", " a1 \
+                 ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                                                           \
+                 : registers(0)                                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));                                   \
   }
 MMDCN_MULTIPLY(__nv_bfloat16, "bf16", 64, MMDCN_32_REGISTERS, MMDCN_0_TO_31, "%32", "%33", "%34", "%35", "%36")
 MMDCN_MULTIPLY(__half, "f16", 64, MMDCN_32_REGISTERS, MMDCN_0_TO_31, "%32", "%33", "%34", "%35", "%36")

@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmdcn, m) {
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
       "SymInt groups, SymInt offset_groups, "
       "bool allow_tf32=False"  // on CUDA, products of float32 may round their factors
-      ") -> Tensor");  // [B, C_out, H_out, W_out]
+      ") -> Tensor");          // [B, C_out, H_out, W_out]
   m.def(
       "deform_conv2d_backward("
       "Tensor grad_output, "  // [B, C_out, H_out, W_out]

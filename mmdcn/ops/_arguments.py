@@ -124,7 +124,7 @@ def _knows_autocast(device_type: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _cudnn_allows_tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == 'tf32'
+    return torch.backends.cudnn.conv.fp32_precision == 'tf32'  # type: ignore[attr-defined]
 
 
 def allow_tf32(input: Tensor) -> bool:

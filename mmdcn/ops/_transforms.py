@@ -39,7 +39,7 @@ def run(
         return function.apply(*arguments)
     if torch.is_grad_enabled() and _needs_gradient(arguments):
         # Function.apply would bind the arguments to the signature first, which takes longer than all the rest.
-        return super(torch.autograd.Function, function).apply(*arguments)
+        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
     return _below_autograd(operator, *arguments)
 
 
