@@ -84,7 +84,7 @@ wheel: $(VENV)/core.stamp
 	@$(BIN)/python -m zipfile -l dist/*.whl | grep -v '\.mim/'
 	@ls -l dist
 
-# On a machine with a GPU, within 4 minutes: the operators' tests, the memory checkers, the benchmark, a training step, and a
+# On a machine with a GPU, in 5 minutes: the operators' tests, the memory checkers, the benchmark, a training step, and a
 # page with all of it in build/gpu-check-results. It takes the wheel that `make wheel` left in dist, or the folder GPU_CHECK_SITE
 # with mmdcn in it. PYTHON needs CUDA builds of torch and torchvision, pytest, pytest-xdist, hypothesis, matplotlib, tabulate
 # and tqdm. GPU_CHECK_PEERS is a folder with the wheel of deformops, and may be absent.
