@@ -115,7 +115,7 @@ class BuildCore(BuildExtension):
                 '--threads=0',
                 '-Werror=all-warnings',
                 *([] if FUSED in source else ['-Xptxas=--warn-on-spills,--warning-as-error']),
-                '-Xcompiler=-fPIC,-Wall,-fvisibility=hidden',
+                '-Xcompiler=-fPIC,-Wall,-Wno-unknown-pragmas,-fvisibility=hidden',  # unroll is nvcc's own
                 f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}',
                 '-DUSE_CUDA',  # else torch's headers hide its CUDA functions
                 *architectures,

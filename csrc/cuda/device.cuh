@@ -46,9 +46,6 @@ inline int attribute(cudaDeviceAttr name, int32_t device) {
   return value;
 }
 
-// The size of the device's L2 cache.
-inline int64_t l2_bytes(int32_t device) { return attribute(cudaDevAttrL2CacheSize, device); }
-
 inline int64_t multiprocessors(int32_t device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 // Sets memory to zero, in the order of the stream.
@@ -60,11 +57,6 @@ inline void clear(void* target, int64_t bytes, int32_t device) {
 template <typename Kernel>
 void allow_shared_bytes(Kernel kernel, int32_t bytes) {
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
-// a @ b in a type that may be wider than theirs, which torch has for CUDA only.
-inline Tensor bmm_as(const Tensor& a, const Tensor& b, torch::headeronly::ScalarType type) {
-  return call_torch("aten::bmm", "dtype", a, b, type);
 }
 
 // Adjacent 16-bit numbers, the first in the lower half of a word.
@@ -252,7 +244,6 @@ struct Threads {
 
   // These give the value before.
   __device__ uint32_t increment(uint32_t* target, uint32_t by = 1) const { return atomicAdd(target, by); }
-  __device__ uint32_t exchange(uint32_t* target, uint32_t value) const { return atomicExch(target, value); }
   __device__ uint32_t compare_and_exchange(uint32_t* target, uint32_t expected, uint32_t value) const {
     return atomicCAS(target, expected, value);
   }

@@ -58,15 +58,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
 // Lest the compiler move the computation of a value across the instructions around this.
 __device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
 
-// b if the condition holds, else a; without a branch.
-__device__ __forceinline__ uint32_t select(bool condition, uint32_t a, uint32_t b) {
-  uint32_t v;
-  asm("{.reg .pred p; setp.ne.u32 p, %3, 0; selp.b32 %0, %1, %2, p;}"
-      : "=r"(v)
-      : "r"(b), "r"(a), "r"(uint32_t{condition}));
-  return v;
-}
-
 // Two values of a half type in a word, the first in its low half.
 template <typename scalar_t>
 struct Pair;

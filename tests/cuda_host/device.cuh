@@ -43,16 +43,10 @@ struct DeviceGuard {
   explicit DeviceGuard(int32_t device) {}
 };
 
-inline int64_t l2_bytes(int32_t device) { return 0; }
-
 // Of a small device and of none, so that blocks are of few and of many positions.
 inline int64_t multiprocessors(int32_t device) { return host_seed() % 2; }
 
 inline void clear(void* target, int64_t bytes, int32_t device) { std::memset(target, 0, bytes); }
-
-inline Tensor bmm_as(const Tensor& a, const Tensor& b, torch::headeronly::ScalarType type) {
-  return call_torch("aten::bmm", "", torch::stable::to(a, type), torch::stable::to(b, type));
-}
 
 template <typename scalar_t>
 void unpack_pair(uint32_t word, float& first, float& second) {
@@ -308,7 +302,6 @@ struct Threads {
   }
 
   uint32_t increment(uint32_t* target, uint32_t by = 1) const { return std::exchange(*target, *target + by); }
-  uint32_t exchange(uint32_t* target, uint32_t value) const { return std::exchange(*target, value); }
   uint32_t compare_and_exchange(uint32_t* target, uint32_t expected, uint32_t value) const {
     return *target == expected ? std::exchange(*target, value) : *target;
   }
