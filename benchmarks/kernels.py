@@ -162,7 +162,8 @@ def blocks_per_multiprocessor(architecture: str, registers: int, shared_bytes: i
     registers_of_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // 4 // registers_of_warp * 4 // warps  # each quarter holds whole warps
     shared = -(-(shared_bytes + SYSTEM_SHARED) // 128) * 128
-    return min(most_blocks, most_threads // (warps * 32), by_registers, shared_kib * 1024 // shared)
+    by_shared = shared_kib * 1024 // shared if shared else most_blocks
+    return min(most_blocks, most_threads // (warps * 32), by_registers, by_shared)
 
 
 def parse_code(listing: str) -> Iterator[tuple[str, str, list[Instruction]]]:
@@ -260,7 +261,7 @@ def kernels(binary: Path, pattern: str, dynamic: dict[str, int]) -> list[Kernel]
         linked = (architecture, name) in resources  # a bare cubin does not say what it is for, nor is it linked
         registers, shared = resources[architecture if linked else '', name]
         if linked and int(re.sub(r'\D', '', architecture)) >= 90:
-            shared -= SYSTEM_SHARED
+            shared = max(shared - SYSTEM_SHARED, 0)
         shared += next((size for key, size in dynamic.items() if re.search(key, names[name])), 0)
         block = threads.get((architecture, name)) or threads.get(('', name), 1024)
         loop = inner_loop(code)

@@ -150,7 +150,7 @@ def test_a_resnet_of_mmdet_with_dcnv2_compiles_without_a_graph_break() -> None:
     explanation = torch._dynamo.explain(resnet)(images)
     assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
     targets = [node.target for graph in explanation.graphs for node in graph.graph.nodes]
-    assert targets.count(torch.ops.mmdcn.deform_conv2d) == 4 + 6 + 3
+    assert targets.count(torch.ops.mmdcn.deform_conv2d.default) == 4 + 6 + 3
     compiled = torch.compile(resnet, fullgraph=True, backend='eager')
     torch.testing.assert_close(compiled(images), resnet(images))
 
