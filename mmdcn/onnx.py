@@ -45,4 +45,4 @@ def _deform_conv2d(
     )  # fmt: skip
 
 
-TRANSLATIONS: dict[Callable, Callable] = {torch.ops.mmdcn.deform_conv2d.default: _deform_conv2d}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.mmdcn.deform_conv2d.default: _deform_conv2d}

@@ -19,6 +19,7 @@ import os
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.fileio import load
@@ -115,6 +116,6 @@ def fetch(name: str) -> Path:
 
 
 @CheckpointLoader.register_scheme(prefixes=ADDRESS)
-def load_from_zoo(filename: str, map_location: torch.serialization.MAP_LOCATION = None) -> dict:
+def load_from_zoo(filename: str, map_location: torch.serialization.MAP_LOCATION = None) -> dict[str, Any]:
     """Load a checkpoint of mmdcn's own from its address; MMEngine calls this."""
     return torch.load(fetch(filename), map_location=map_location, weights_only=True)
