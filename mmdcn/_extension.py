@@ -53,7 +53,7 @@ def load() -> None:
 
 
 def _processor_features() -> set[str]:
-    """Give what the processor says that it has, by the names of torch.cpu.get_capabilities."""
+    """Return what the processor says that it has, in the names of torch.cpu.get_capabilities."""
     if hasattr(torch.cpu, 'get_capabilities'):
         return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
     # An older torch has these two answers alone.

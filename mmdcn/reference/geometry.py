@@ -87,7 +87,7 @@ def split_groups(
     dim: int,
     groups: int,
 ) -> Tensor:  # [..., groups, C / groups, ...]
-    """Give the groups a dimension of their own."""
+    """Unflatten the groups into a dimension of their own."""
     return torch.unflatten(tensor, dim, (groups, -1))
 
 
