@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution for MMDetection.
 
-`mmdcn.ops` and `mmdcn.reference` need torch alone. Whatever speaks OpenMMLab is imported when it is first used:
-by name (`mmdcn.DCNv2`, `mmdcn.modules`, `mmdcn.patch_mmdet`), or by a config that says `type='mmdcn.DCNv2'`.
+`mmdcn.ops`, `mmdcn.nn` and `mmdcn.reference` need torch alone. Whatever speaks OpenMMLab is imported when it is first
+used: by name (`mmdcn.DCNv2`, `mmdcn.modules`, `mmdcn.patch_mmdet`), or by a config that says `type='mmdcn.DCNv2'`.
 """
 
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from mmdcn import ops, reference
+from mmdcn import nn, ops, reference
 from mmdcn.version import __version__
 
 _LAYERS = (
@@ -36,25 +36,30 @@ _LAZY = {
     'SingleRoIExtractor': 'mmdcn.models.roi_extractor',
     'convert_model': 'mmdcn.openmmlab.convert_model',
     'fuse_conv_bn': 'mmdcn.models.fuse_conv_bn',
-    'layouts': 'mmdcn.checkpoints',
     'patch_mmdet': 'mmdcn.openmmlab.switches',
     'unpatch_mmdet': 'mmdcn.openmmlab.switches',
-    'zoo': 'mmdcn.checkpoints',
 }
-_PACKAGES = (
-    'apis',
-    'checkpoints',
-    'datasets',
-    'engine',
-    'models',
-    'modules',
-    'onnx',
-    'registry',
-    'utils',
-    'visualization',
-)
+_MODULES = {
+    **{
+        name: f'mmdcn.{name}'
+        for name in (
+            'apis',
+            'checkpoints',
+            'datasets',
+            'engine',
+            'models',
+            'modules',
+            'onnx',
+            'registry',
+            'utils',
+            'visualization',
+        )
+    },
+    'layouts': 'mmdcn.checkpoints.layouts',
+    'zoo': 'mmdcn.checkpoints.zoo',
+}
 
-__all__ = ['__version__', 'ops', 'reference', *sorted((*_LAZY, *_PACKAGES))]
+__all__ = ['__version__', 'nn', 'ops', 'reference', *sorted((*_LAZY, *_MODULES))]
 
 with suppress(ImportError):  # mmengine is optional
     from mmengine.config.utils import MODULE2PACKAGE
@@ -65,8 +70,8 @@ with suppress(ImportError):  # mmengine is optional
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return import_module(f'mmdcn.{name}')
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name not in _LAZY:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(import_module(_LAZY[name]), name)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 OPERATORS = [path.stem for path in (ROOT / 'csrc/ops').glob('*.cpp')]
 FILES = [
     'csrc/ops/{}.h', 'csrc/cpu/{}.cpp', 'csrc/cuda/{}.cu', 'mmdcn/ops/{}.py', 'mmdcn/reference/{}.py',
-    'mmdcn/modules/{}.py', 'tests/test_{}.py', 'benchmarks/{}.py',
+    'mmdcn/nn/{}.py', 'mmdcn/modules/{}.py', 'tests/test_{}.py', 'benchmarks/{}.py',
 ]  # fmt: skip
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 CORE = [name for name in TRACKED if name.startswith('csrc/')]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from mmdcn.checkpoints import layouts
-from mmdcn.checkpoints.version1_keys import PACKED_LAYERS
+from mmdcn.checkpoints.version1_keys import is_packed
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _misfits(state_dict: Mapping[str, Tensor], model: nn.Module, source: Source)
         if name in state_dict and state_dict[name].shape != tensor.shape:
             yield f'{name} has shape {[*state_dict[name].shape]}, and in the model {[*tensor.shape]}'
     for name, layer in model.named_modules():
-        if not isinstance(layer, PACKED_LAYERS) or f'{name}.conv_offset.weight' not in state_dict:
+        if not is_packed(layer) or f'{name}.conv_offset.weight' not in state_dict:
             continue
         dilation, padding = _pair(layer.dilation), _pair(layer.padding)
         if not source.dilated and dilation != (1, 1):

@@ -31,10 +31,10 @@ def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     return _as_int(both[0]), _as_int(both[1])
 
 
-def count(value: int, name: str) -> int:
-    """Give an integer, 0 or more and less than 2^31."""
-    if not _is_integer(value) or value < 0:
-        raise ValueError(f'{name} must be an integer, 0 or more, got {value!r}')
+def count(value: int, name: str, minimum: int = 0) -> int:
+    """Check an integer that is not less than the minimum, and less than 2^31."""
+    if not _is_integer(value) or value < minimum:
+        raise ValueError(f'{name} must be an integer, {minimum} or more, got {value!r}')
     if value >= LIMIT:
         raise ValueError(f'{name} must be less than 2^31, got {value}')
     return _as_int(value)

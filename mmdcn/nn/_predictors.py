@@ -33,7 +33,7 @@ class Predictor(nn.Module):
             nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Give itself by its name; nothing during an initialization."""
+        """Yield itself by its name; nothing during an initialization."""
         return iter(()) if _is_in_init_weights() else super().named_modules(*args, **kwargs)
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> 'Predictor':
@@ -53,7 +53,7 @@ _CLASSES: dict[type, type[Predictor]] = {nn.Conv2d: ConvPredictor, nn.Linear: Li
 
 
 def make_predictors(layer: Any) -> list[Predictor]:
-    """Make predictors of those layers of torch that the offsets and masks of a layer come from, and give them.
+    """Make predictors of those layers of torch that the offsets and masks of a layer come from, and return them.
 
     They stay the very same objects, with the parameters that they have.
     """
@@ -63,12 +63,3 @@ def make_predictors(layer: Any) -> list[Predictor]:
     for predictor in predictors:
         predictor.__class__ = _CLASSES[type(predictor)]
     return predictors
-
-
-class Packed:
-    """A layer that predicts its offsets itself; it is the first base of such a layer."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for predictor in make_predictors(self):
-            predictor.reset_parameters()
