@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 
-import mnist_scenes
 import pytest
 import torch
 import yaml
@@ -23,6 +22,7 @@ from mmengine.runner import load_checkpoint
 import mmdcn
 from mmdcn import zoo
 from mmdcn.checkpoints.safe_globals import load_training
+from mmdcn.datasets import mnist_scenes
 from mmdcn.engine.launch import run
 
 ROOT = Path(__file__).parents[1]
