@@ -15,7 +15,6 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import mnist_scenes
 import pytest
 import torch
 from mmengine.config import Config
@@ -23,7 +22,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdcn.checkpoints.safe_globals import load_training
 from mmdcn.checkpoints.zoo import ZooError
-from mmdcn.datasets import ImageError
+from mmdcn.datasets import ImageError, mnist_scenes
 from mmdcn.engine.launch import LaunchError, add_arguments, explained, mend_last_checkpoint
 from mmdcn.engine.launch import run as run_tool
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import mmcv.ops
 import torch
+from mmdet.registry import MODELS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import RUNNERS, Registry, root
+from mmengine.registry import RUNNERS, Registry, init_default_scope, root
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
@@ -25,6 +26,7 @@ from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.checkpoints.safe_globals import allow_mmengine_checkpoints
 from mmdcn.checkpoints.zoo import ZooError
 from mmdcn.datasets import ImageError
+from mmdcn.utils.files import replacing
 
 _CONVERTERS = {
     'mnist_scenes': 'python tools/dataset_converters/mnist_scenes.py',
@@ -146,6 +148,18 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
     return runner
 
 
+def build_model(config: str | Path) -> torch.nn.Module:
+    """Build the model of a config file.
+
+    Raises:
+        LaunchError: If the config names what nothing knows, or a file that is not there.
+    """
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    with explained(cfg):
+        return MODELS.build(cfg.model)
+
+
 @contextmanager
 def explained(cfg: Config) -> Iterator[None]:
     """Name the place in the config of what a user can put right.
@@ -198,9 +212,8 @@ def mend_last_checkpoint(work_dir: Path) -> None:
     note = work_dir / 'last_checkpoint'
     if note.exists() and not note.read_text():
         checkpoints = [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')]
-        beside = note.with_name(note.name + '.partial')
-        beside.write_text(str(max(checkpoints, key=lambda path: path.stat().st_mtime)))
-        beside.replace(note)
+        with replacing(note) as beside:
+            beside.write_text(str(max(checkpoints, key=lambda path: path.stat().st_mtime)))
 
 
 def run(main: Callable[[], None]) -> int:
