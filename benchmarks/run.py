@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
-from measure import Call, Measurement, machine, measure
+from measure import Call, Measurement, busy_loops, machine, measure
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool'], help='what to measure')
     parser.add_argument('--cases', nargs='+', default=[], help='groups of shapes, or "all"; none: the first group')
+    parser.add_argument('--candidates', nargs='+', metavar='NAME', help='measure only those whose names begin so')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on the CPU')
     parser.add_argument('--repeats', type=int, default=7, help='how often each candidate is timed')
@@ -165,8 +166,11 @@ def measure_group(
     facts = {**facts, 'clock': "the host's" if wall else "the GPU's"}
     work = [(mode, case) for mode in modes for case in operator.CASES[args.device][group]]
     for mode, case in tqdm(work, desc=group, unit='case'):
-        calls = usable(modes[mode](case, args.device), skipped)
-        results[mode][case.name] = measure(calls, args.device, args.repeats, wall=wall)
+        builds = modes[mode](case, args.device)
+        wanted = tuple(args.candidates or builds)
+        calls = usable({name: build for name, build in builds.items() if name.startswith(wanted)}, skipped)
+        with busy_loops(2 if group == 'busy' else 0):
+            results[mode][case.name] = measure(calls, args.device, args.repeats, wall=wall)
         write(facts, results, skipped, path)
     print(f'\n{report(results, args.operator, operator.BASELINE)}', flush=True)
     for name, reason in skipped.items():

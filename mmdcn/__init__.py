@@ -26,6 +26,7 @@ _LAYERS = (
 )
 _LAZY = {
     **dict.fromkeys(_LAYERS, 'mmdcn.modules'),
+    'AmpOptimWrapper': 'mmdcn.engine',
     'DCNOptimWrapperConstructor': 'mmdcn.engine',
     'DetInferencer': 'mmdcn.apis',
     'EpochSeedHook': 'mmdcn.engine',

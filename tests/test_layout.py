@@ -78,7 +78,7 @@ def test_every_registered_name_and_every_package_is_an_attribute_of_mmdcn() -> N
     for each in registries:
         each.import_from_location()
         registered |= each.module_dict
-    assert len(registries) == 5 and len(registered) > 15
+    assert len(registries) == 6 and len(registered) > 15
     for name, value in registered.items():
         assert getattr(mmdcn, name) is value, name
         assert name in mmdcn.__all__

@@ -18,6 +18,7 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS, Registry, init_default_scope, root
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
@@ -140,6 +141,8 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
             _check_dataset(dataset, f'{loop}_dataloader')
     # Recompiling for each shape of image would otherwise stop at torch's default limit.
     setup_cache_size_limit_of_dynamo()
+    if get_device() == 'cpu':
+        _use_amp_of_cpu(cfg)
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _distribute_on_cpu(cfg)
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
@@ -226,6 +229,13 @@ def run(main: Callable[[], None]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0
+
+
+def _use_amp_of_cpu(cfg: Config) -> None:
+    """Replace mmengine's AmpOptimWrapper, which refuses a CPU."""
+    wrapper = cfg.get('optim_wrapper') or {}
+    if str(getattr(wrapper.get('type'), '__name__', wrapper.get('type'))).split('.')[-1] == 'AmpOptimWrapper':
+        wrapper['type'] = 'mmdcn.AmpOptimWrapper'
 
 
 def _distribute_on_cpu(cfg: Config) -> None:

@@ -2,8 +2,14 @@
 """Draw a detector's detections on test images, and where its deformable layers look for each."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
+# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
+    os.environ['GOMP_SPINCOUNT'] = '10000'
 
 import matplotlib
 
