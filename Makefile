@@ -11,7 +11,7 @@ WORK_DIR := work_dirs/$(notdir $(CONFIG:.py=))
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-openmmlab test-torchvision zoo-check lint setup bench sanitize wheel gpu-check clean
+.PHONY: demo test test-openmmlab test-torchvision zoo-check lint setup bench sanitize wheel docs gpu-check clean
 
 demo: $(WORK_DIR)/demo.png
 	@cat $(WORK_DIR)/results.txt
@@ -83,6 +83,12 @@ wheel: $(VENV)/core.stamp
 	cd $(WHEEL_CHECK) && bin/python -m pytest $(addprefix tests/test_,deform_conv2d.py deform_conv2d_errors.py deform_roi_pool.py extension.py packaging.py)
 	@$(BIN)/python -m zipfile -l dist/*.whl | grep -v '\.mim/'
 	@ls -l dist
+
+# The documentation site. Its API pages come from the docstrings, its tables of promises from the tests.
+docs: $(VENV)/core.stamp
+	$(PIP) install -r requirements/docs.txt
+	$(BIN)/python -m sphinx -b html --fail-on-warning --keep-going -c docs . build/docs
+	@echo "Open build/docs/index.html"
 
 # On a machine with a GPU, in 5 minutes: the operators' tests, the memory checkers, the benchmark, a training step, and a
 # page with all of it in build/gpu-check-results. It takes the wheel that `make wheel` left in dist, or the folder GPU_CHECK_SITE
