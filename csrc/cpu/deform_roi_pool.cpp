@@ -164,9 +164,9 @@ void pool(const PlannedRoI<T>& roi, int64_t bin, const Rows<T>& rows, int64_t wi
 
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                        const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
-                       double gamma) {
+                       double gamma, bool aligned) {
   const RoIGeometry g =
-      deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
+      deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned);
   const Tensor output = torch::stable::empty({g.rois, g.channels, g.out_height, g.out_width}, input.scalar_type(),
                                              std::nullopt, input.device(), std::nullopt, memory_format(input));
   const int64_t roi_stride = output.stride(0), channel_stride = output.stride(1), bin_stride = output.stride(3);
@@ -208,16 +208,16 @@ struct Moves {
 template <typename T>
 class Backward {
  public:
-  Backward(const RoIGeometry& g, const Plan<T>& plan, const Part& part, const Rows<T>& rows,
-           const std::optional<Rows<T>>& grad_rows, bool needs_offset)
+  // Without rows of the input there are no moves, without those of its gradient no such gradient.
+  Backward(const RoIGeometry& g, const Plan<T>& plan, const Part& part, const std::optional<Rows<T>>& rows,
+           const std::optional<Rows<T>>& grad_rows)
       : g_(g),
         plan_(plan),
         part_(part),
         rows_(rows),
         grad_rows_(grad_rows),
-        needs_offset_(needs_offset),
         blocks_((part.channels + kBlockChannels - 1) / kBlockChannels),
-        moves_(needs_offset ? blocks_ * part.rois.size() * g.bins() : 0) {}
+        moves_(rows ? blocks_ * part.rois.size() * g.bins() : 0) {}
 
   // Adds to grad_rows, and to grad_offset [N, 2, P] if it is not null, from grad_output [N, P, C].
   void run(const T* grad_output, T* grad_offset) {
@@ -235,10 +235,10 @@ class Backward {
   void run_block(int64_t block, int64_t first, Count channels, const T* grad_output) {
     Moves<T>* moves = moves_.data() + block * part_.rois.size() * g_.bins();
     for (const int64_t roi : part_.rois) {
-      for (int64_t bin = 0; bin < g_.bins(); ++bin, moves += needs_offset_) {
+      for (int64_t bin = 0; bin < g_.bins(); ++bin) {
         const T* grad = grad_output + (roi * g_.bins() + bin) * g_.channels + part_.first_channel + first;
         if (grad_rows_) scatter(plan_[roi], bin, first, channels, grad);
-        if (needs_offset_) *moves = dot(plan_[roi], bin, first, channels, grad);
+        if (rows_) *moves++ = dot(plan_[roi], bin, first, channels, grad);
       }
     }
   }
@@ -264,7 +264,7 @@ class Backward {
     Moves<T> sum{0, 0};
     for (const PixelWeight<T>& y : roi.rows(bin)) {
       for (const PixelWeight<T>& x : roi.columns(bin)) {
-        const T* pixel = rows_.at(y.pixel * g_.width + x.pixel, channel);
+        const T* pixel = rows_->at(y.pixel * g_.width + x.pixel, channel);
         T product = 0;
 #pragma omp simd reduction(+ : product)
         for (int64_t c = 0; c < channels; ++c) {
@@ -289,9 +289,8 @@ class Backward {
   const RoIGeometry& g_;
   const Plan<T>& plan_;
   const Part& part_;
-  const Rows<T>& rows_;
+  const std::optional<Rows<T>>& rows_;
   const std::optional<Rows<T>>& grad_rows_;
-  bool needs_offset_;
   int64_t blocks_;
   std::vector<Moves<T>> moves_;  // [blocks, regions of the part, P]
 };
@@ -300,10 +299,11 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
                                                 const std::optional<Tensor>& offset, double spatial_scale,
                                                 int64_t sampling_ratio, double gamma,
                                                 const std::vector<bool>& output_mask,
-                                                bool /*deterministic*/) {  // always
+                                                bool /*deterministic*/,  // always
+                                                bool aligned) {
   check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
   const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
-                                                 spatial_scale, sampling_ratio, gamma);
+                                                 spatial_scale, sampling_ratio, gamma, aligned);
   const ScalarType type = compute_type(input.scalar_type());
   Tensor grad_input = empty_gradient(output_mask[0], input, input.scalar_type(), memory_format(input));
   Tensor grad_offset = empty_gradient(output_mask[1], offset.value_or(rois), type);
@@ -314,8 +314,10 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
     using T = decltype(zero);
     const Plan<T> plan(g, rois, offset, type);
     const bool copies_grad_input = output_mask[0] && !is_nhwc_matrix(grad_input, type);
-    each_part(g, plan, copies_grad_input || !is_nhwc_rows(input, type), [&](const Part& part) {
-      const Rows<T> rows = nhwc_rows<T>(channels_of(input, part), part.image, 1, type);
+    const bool copies_input = output_mask[1] && !is_nhwc_rows(input, type);
+    each_part(g, plan, copies_grad_input || copies_input, [&](const Part& part) {
+      const std::optional<Rows<T>> rows =
+          output_mask[1] ? std::optional(nhwc_rows<T>(channels_of(input, part), part.image, 1, type)) : std::nullopt;
       std::optional<Rows<T>> grad_rows;
       Tensor target;
       if (output_mask[0]) {
@@ -324,7 +326,7 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
         if (copies_grad_input) torch::stable::zero_(sum);
         grad_rows = Rows<T>{sum, data<T>(sum), copies_grad_input ? part.channels : g.channels};
       }
-      Backward<T>(g, plan, part, rows, grad_rows, output_mask[1])
+      Backward<T>(g, plan, part, rows, grad_rows)
           .run(data<const T>(grad_bins), output_mask[1] ? data<T>(grad_offset) : nullptr);
       if (copies_grad_input) torch::stable::copy_(target, grad_rows->images);
     });

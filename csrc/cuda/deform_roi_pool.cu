@@ -72,9 +72,9 @@ void check_counts(const RoIGeometry& g) {
 
 Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                        const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
-                       double gamma) {
+                       double gamma, bool aligned) {
   const RoIGeometry g =
-      deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
+      deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned);
   check_counts(g);
   const int32_t device = input.get_device_index();
   const DeviceGuard guard(device);
@@ -136,10 +136,11 @@ void write_grad_offset(const RoIs<scalar_t>& on, const BinView<const scalar_t>& 
 DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
                                                 const std::optional<Tensor>& offset, double spatial_scale,
                                                 int64_t sampling_ratio, double gamma,
-                                                const std::vector<bool>& output_mask, bool deterministic) {
+                                                const std::vector<bool>& output_mask, bool deterministic,
+                                                bool aligned) {
   check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
   const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
-                                                 spatial_scale, sampling_ratio, gamma);
+                                                 spatial_scale, sampling_ratio, gamma, aligned);
   check_counts(g);
   const int32_t device = input.get_device_index();
   const DeviceGuard guard(device);

@@ -16,7 +16,7 @@ inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                
                                             const Tensor& rois,                   // [N, 5]
                                             const std::optional<Tensor>& offset,  // [N, 2, ph, pw]
                                             const std::vector<int64_t>& output_size, double spatial_scale,
-                                            int64_t sampling_ratio, double gamma) {
+                                            int64_t sampling_ratio, double gamma, bool aligned) {
   check_rank(input, "input", 4);
   check_rank(rois, "rois", 2);
   STD_TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
@@ -28,6 +28,7 @@ inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                
   g.batch = input.size(0), g.channels = input.size(1), g.height = input.size(2), g.width = input.size(3);
   g.rois = rois.size(0), g.out_height = output_size[0], g.out_width = output_size[1];
   g.spatial_scale = spatial_scale, g.gamma = gamma, g.sampling_ratio = sampling_ratio;
+  g.aligned = aligned;
   STD_TORCH_CHECK(g.channels > 0 && g.height > 0 && g.width > 0, "input must have channels and pixels, got ",
                   to_string(input.sizes()));
   check_below_2_31({g.height, g.width}, "the size of an image");
