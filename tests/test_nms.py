@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from nms_cases import draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdcn import reference
@@ -11,15 +11,6 @@ from mmdcn.ops import nms, nms_match, soft_nms
 
 each_offset = pytest.mark.parametrize('offset', [0, 1])
 each_count = pytest.mark.parametrize('count', [0, 1, 2, 63, 64, 65, 300])
-
-
-def draw(count: int, device: str = 'cpu', dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Boxes of whole pixels, many of which overlap, some of which have no size; some scores are equal."""
-    generator = torch.Generator().manual_seed(count)
-    first = torch.randint(0, 40, (count, 2), generator=generator)
-    size = torch.randint(0, 25, (count, 2), generator=generator)
-    scores = torch.randint(0, 2 * count + 1, (count,), generator=generator) / (2 * count + 1)
-    return torch.cat([first, first + size], 1).to(device, dtype), scores.to(device, dtype)
 
 
 @each_count
