@@ -45,6 +45,7 @@ _PACKAGES = (
     'apis',
     'checkpoints',
     'datasets',
+    'deployment',
     'engine',
     'models',
     'modules',
