@@ -47,6 +47,7 @@ _MODULES = {
             'apis',
             'checkpoints',
             'datasets',
+            'deployment',
             'engine',
             'models',
             'modules',

@@ -9,7 +9,7 @@ MMDCN_OPERATORS(m) {
       "Tensor? offset, "  // [N, 2, ph, pw], (x, y) of each bin
       "SymInt[2] output_size, float spatial_scale, SymInt sampling_ratio, float gamma, "
       "bool aligned=True"  // as RoIAlign has it
-      ") -> Tensor");  // [N, C, ph, pw]
+      ") -> Tensor");      // [N, C, ph, pw]
   m.def(
       "deform_roi_pool_backward("
       "Tensor grad_output, "  // [N, C, ph, pw]
