@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from mmdcn._private_hooks import has_avx2, has_avx512
+
 _X86_64_V3 = {'avx2', 'fma3', 'f16c', 'bmi', 'bmi2', 'lzcnt'}
 _X86_64_V4 = _X86_64_V3 | {'avx512_f', 'avx512_bw', 'avx512_cd', 'avx512_dq', 'avx512_vl'}
 # The widest first: what torch calls its instruction set, and what the library's code needs.
@@ -55,8 +57,8 @@ def _processor_features() -> set[str]:
     if hasattr(torch.cpu, 'get_capabilities'):
         return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
     # An older torch has these two answers alone.
-    features = _X86_64_V3 if torch.cpu._is_avx2_supported() else set()
-    return features | (_X86_64_V4 if torch.cpu._is_avx512_supported() else set())
+    features = _X86_64_V3 if has_avx2() else set()
+    return features | (_X86_64_V4 if has_avx512() else set())
 
 
 def _cpu_library() -> str:

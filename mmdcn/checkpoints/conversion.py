@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from mmdcn.checkpoints import layouts
 from mmdcn.checkpoints.version1_keys import is_packed
+from mmdcn.ops._arguments import pair
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _misfits(state_dict: Mapping[str, Tensor], model: nn.Module, source: Source)
     for name, layer in model.named_modules():
         if not is_packed(layer) or f'{name}.conv_offset.weight' not in state_dict:
             continue
-        dilation, padding = _pair(layer.dilation), _pair(layer.padding)
+        dilation, padding = pair(layer.dilation, 'dilation', 1), pair(layer.padding, 'padding', 0)
         if not source.dilated and dilation != (1, 1):
             yield f'{name} has dilation {dilation} in the model, where the original predicts its offsets without one'
         same = tuple((size - 1) // 2 for size in layer.kernel_size)

@@ -3,11 +3,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+
+from mmdcn._private_hooks import get_statistic
 
 # numpy's arrays and scalars are made by these, which make nothing else. numpy 1 had them under another name.
 ARRAY, SCALAR = (value.__reduce__()[0] for value in (np.zeros(0), np.float64(0)))
@@ -22,9 +25,9 @@ NUMPY = [
 ]
 
 
-def _statistic(_: type[HistoryBuffer], name: str) -> Callable:
+def _statistic(_: type[HistoryBuffer], name: str) -> Callable[..., Any]:
     """Stand for the `getattr` that gives a history its methods, and gives no other thing."""
-    return HistoryBuffer()._statistics_methods[name]
+    return get_statistic(name)
 
 
 MMENGINE = [*NUMPY, ConfigDict, HistoryBuffer, (_statistic, 'builtins.getattr')]
@@ -39,7 +42,7 @@ def allow_mmengine_checkpoints() -> None:
     torch.serialization.add_safe_globals(MMENGINE)
 
 
-def load_training(path: Path) -> dict:
+def load_training(path: Path) -> dict[str, Any]:
     """Load a checkpoint of a training by mmengine, the history of its log included.
 
     Raises:

@@ -17,12 +17,13 @@ import mmcv.ops
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS, Registry, init_default_scope, root
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
+from mmdcn._private_hooks import parse_option
 from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.checkpoints.safe_globals import allow_mmengine_checkpoints
 from mmdcn.checkpoints.zoo import ZooError
@@ -64,7 +65,7 @@ class Options(argparse.Action):
 
 def _parse_value(text: str) -> Any:
     if 'dict(' not in text and '{' not in text:
-        return DictAction._parse_iterable(text)
+        return parse_option(text)
     return _value_of(ast.parse(text.strip(), mode='eval').body)
 
 
@@ -177,15 +178,17 @@ def explained(cfg: Config) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         name = error.filename or str(error).removesuffix(' can not be found.')  # mmengine's words
-        places = [place for place, text in _texts(cfg._cfg_dict, '') if text == str(name)]
+        places = [place for place, text in _texts(dict(cfg.items()), '') if text == str(name)]
         if not places:
             raise
         raise LaunchError(f'{" and ".join(places)}: {name} does not exist') from error
     except ModuleNotFoundError as error:
-        weights = [text for _, text in _texts(cfg._cfg_dict, '') if text.startswith(('torchvision://', 'modelzoo://'))]
+        weights = [
+            text for _, text in _texts(dict(cfg.items()), '') if text.startswith(('torchvision://', 'modelzoo://'))
+        ]
         if error.name != 'torchvision' or not weights:
             raise
-        place = next(place for place, text in _texts(cfg._cfg_dict, '') if text == weights[0])
+        place = next(place for place, text in _texts(dict(cfg.items()), '') if text == weights[0])
         raise LaunchError(
             f'{place}: {weights[0]} needs torchvision, which is not installed: `pip install torchvision`, or name a '
             f'checkpoint file there, or train from scratch with {place.removesuffix(".checkpoint")}=None'
@@ -278,7 +281,7 @@ def _check_dataset(dataset: ConfigDict, loader: str) -> None:
 
 def _unknown_types(cfg: Config, scope: str) -> Iterator[tuple[str, str]]:
     """Give the place and the name of every `type` that neither a registry nor mmcv.ops has."""
-    for place, name in _types(cfg._cfg_dict, ''):
+    for place, name in _types(dict(cfg.items()), ''):
         full_name = name if '.' in name else f'{scope}.{name}'
         if not any(registry.get(full_name) for registry in _ROOTS) and not hasattr(mmcv.ops, name):
             yield place, name

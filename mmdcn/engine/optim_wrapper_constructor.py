@@ -3,6 +3,7 @@
 
 import logging
 import re
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -58,7 +59,11 @@ class DCNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return wrapper
 
     def add_params(
-        self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
+        self,
+        params: list[dict[str, Any]],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: int | float | None = None,
     ) -> None:
         """Add the parameters of a module and of its children, as mmengine's method of this name does."""
         if not _PREDICTS_OFFSETS.search(prefix):

@@ -13,7 +13,6 @@ from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.wrappers import Conv2d
 from mmengine.logging import print_log
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mmdcn import modules
@@ -34,7 +33,7 @@ _CONVS = {
     modules.ModulatedDeformConv2d,
     modules.ModulatedDeformConv2dPack,
 }
-_NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+_NORMS = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ class ResNet(resnet.ResNet):
         layer in the second block of the third stage and in both of the fourth.
     """
 
-    def make_res_layer(self, *, dcn: dict | None = None, **kwargs: Any) -> nn.Sequential:
+    def make_res_layer(self, *, dcn: dict[str, Any] | None = None, **kwargs: Any) -> nn.Sequential:
         """Make a stage of plain blocks, then put deformable layers where they are wanted."""
         stage = super().make_res_layer(**kwargs)
         if dcn is None:
@@ -64,7 +64,7 @@ class ResNetV1d(ResNet, resnet.ResNetV1d):
     """`ResNet` with mmdet's deep stem and average pooling before the downsampling convolutions."""
 
 
-def _build_like(conv: nn.Conv2d, cfg: dict) -> nn.Module:
+def _build_like(conv: nn.Conv2d, cfg: dict[str, Any]) -> nn.Module:
     return build_conv_layer(
         cfg,
         conv.in_channels,

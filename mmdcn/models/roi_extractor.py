@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """mmdet's extractor of regions, with layers from the registry."""
 
+from typing import Any
+
 import mmcv.ops
 from mmdet.models import roi_heads
 from torch import nn
@@ -16,7 +18,7 @@ class SingleRoIExtractor(roi_heads.SingleRoIExtractor):
     mmdcn's registry first: `DeformRoIPoolPack` or `mmdcn.DeformRoIPoolPack` are mmdcn's, `RoIAlign` is mmcv's.
     """
 
-    def build_roi_layers(self, layer_cfg: dict, featmap_strides: list[int]) -> nn.ModuleList:
+    def build_roi_layers(self, layer_cfg: dict[str, Any], featmap_strides: list[int]) -> nn.ModuleList:
         """Build a layer for each level, whose pixels are so many pixels of the image apart.
 
         Raises:

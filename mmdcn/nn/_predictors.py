@@ -9,19 +9,12 @@ So a predictor hides from all who look for modules while a function of that name
 its name, `layer.conv_offset`, and loads checkpoints, as ever.
 """
 
-import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 from torch import nn
 
-
-def _is_in_init_weights() -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != 'init_weights':
-        frame = frame.f_back
-    return frame is not None
+from mmdcn._private_hooks import is_within
 
 
 class Predictor(nn.Module):
@@ -34,11 +27,11 @@ class Predictor(nn.Module):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Yield itself by its name; nothing during an initialization."""
-        return iter(()) if _is_in_init_weights() else super().named_modules(*args, **kwargs)
+        return iter(()) if is_within('init_weights') else super().named_modules(*args, **kwargs)
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> 'Predictor':
         """Apply a function to itself, but for an initialization."""
-        return self if _is_in_init_weights() else super().apply(fn)
+        return self if is_within('init_weights') else super().apply(fn)
 
 
 class ConvPredictor(Predictor, nn.Conv2d):

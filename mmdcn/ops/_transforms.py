@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmdcn._extension import check_device
+from mmdcn._private_hooks import apply_quickly, below_autograd, is_transformed, may_have_tangents
 
 
 def run(
@@ -27,19 +28,18 @@ def run(
     *arguments: Any,
 ) -> Any:
     """Run an operator in the way that whatever transforms it can follow."""
-    transformed = torch._C._are_functorch_transforms_active()
-    if forward_ad._current_level >= 0 and (transformed or _has_tangent(arguments)):
+    transformed = is_transformed()
+    if may_have_tangents() and (transformed or _has_tangent(arguments)):
         return reference(*arguments)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return (function.apply if transformed else operator)(*arguments)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return (function.apply if transformed else operator)(*arguments)  # type: ignore[no-untyped-call]
     # A fake tensor may be on a device that is not there.
     if arguments[0].is_cuda and torch.cuda.is_initialized():
         check_device(arguments[0].device)
     if transformed:
         return function.apply(*arguments)
     if torch.is_grad_enabled() and _needs_gradient(arguments):
-        # Function.apply would bind the arguments to the signature first, which takes longer than all the rest.
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return apply_quickly(function, *arguments)
     return _below_autograd(operator, *arguments)
 
 
@@ -48,8 +48,7 @@ def _needs_gradient(arguments: Sequence[Any]) -> bool:
 
 
 def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
-    # The derivative that torch.library has registered for torch.compile takes some 0.3 ms of Python in each call.
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return operator(*arguments)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from mmdcn._private_hooks import tree_leaves
 from mmdcn.reference.deform_conv2d import regular_places
 
 
@@ -87,12 +87,12 @@ class SamplingRecorder:
             weights = (layer.weights[:, index[:, 0], index[:, 1]].T * weights[:, None]).flatten()
         return places, weights
 
-    def _start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.layers.clear()
         self._input_height = _images(args, kwargs).shape[-2]
 
     def _hook(self, name: str, layer: Any) -> Any:
-        def record(conv: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        def record(conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             taps = layer.kernel_size[0] * layer.kernel_size[1]
             input_stride = round(self._input_height / _images(args, kwargs).shape[2])
             out_size = (output.shape[2], output.shape[3])
@@ -114,7 +114,7 @@ class SamplingRecorder:
         return record
 
 
-def _images(args: tuple, kwargs: dict[str, Any]) -> Tensor:  # [B, C, H, W] or [C, H, W]
+def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # [B, C, H, W] or [C, H, W]
     """Give the images among what a module is called with: mmengine's models take them by keyword, or in lists."""
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and value.dim() in (3, 4):
