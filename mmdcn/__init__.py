@@ -31,6 +31,7 @@ _LAZY = {
     'EpochSeedHook': 'mmdcn.engine',
     'FSDPStrategy': 'mmdcn.engine',
     'LoadImageFromFile': 'mmdcn.datasets',
+    'OffsetVisualizationHook': 'mmdcn.engine',
     'ResNet': 'mmdcn.models.resnet',
     'ResNetV1d': 'mmdcn.models.resnet',
     'SingleRoIExtractor': 'mmdcn.models.roi_extractor',

@@ -3,6 +3,7 @@
 
 from mmdcn.engine.epoch_seed_hook import EpochSeedHook
 from mmdcn.engine.fsdp_strategy import FSDPStrategy
+from mmdcn.engine.offset_visualization_hook import OffsetVisualizationHook
 from mmdcn.engine.optim_wrapper_constructor import DCNOptimWrapperConstructor
 
-__all__ = ['DCNOptimWrapperConstructor', 'EpochSeedHook', 'FSDPStrategy']
+__all__ = ['DCNOptimWrapperConstructor', 'EpochSeedHook', 'FSDPStrategy', 'OffsetVisualizationHook']

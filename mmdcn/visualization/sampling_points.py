@@ -3,6 +3,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import log2
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class SampledLayer:
     """The sampling of one call of a layer for one image; places are (y, x) in pixels of the network's input."""
 
     name: str  # a layer that is called again, as by the levels of a pyramid, has `#2` and so on after its name
-    grid: Grid  # of the output's positions
+    grid: Grid  # of the output's positions; its `layer` is the deformable layer before this one
     offset: Tensor  # [G, K, 2, H_out, W_out], (y, x) in pixels of the layer's input
     regular: Tensor  # [K, 2, H_out, W_out], the places of a convolution's taps
     places: Tensor  # [G, K, 2, H_out, W_out]
@@ -95,9 +96,8 @@ class SamplingRecorder:
         Raises:
             ValueError: If no layer has this name.
         """
-        layer = self.layer(name)
         places, weights = torch.tensor([[float(y), float(x)]]), torch.ones(1)
-        while True:
+        for layer in self.stack(name)[:depth]:
             size = torch.tensor(layer.places.shape[-2:])
             index = layer.grid.positions(places).round().long().clamp(min=torch.zeros(2).long(), max=size - 1)
             own = min(group, len(layer.places) - 1)
@@ -105,10 +105,18 @@ class SamplingRecorder:
             masks = torch.ones_like(layer.masks[own]) if regular else layer.masks[own]
             places = taps[:, :, index[:, 0], index[:, 1]].permute(2, 0, 1).flatten(0, 1)
             weights = (masks[:, index[:, 0], index[:, 1]].T * weights[:, None]).flatten()
-            depth -= 1
-            if depth < 1 or layer.grid.layer is None:
-                return places, weights
-            layer = self.layers[layer.grid.layer]
+        return places, weights
+
+    def stack(self, name: str) -> list[SampledLayer]:
+        """Give a layer and those before it, on the way back to the image.
+
+        Raises:
+            ValueError: If no layer has this name.
+        """
+        layers = [self.layer(name)]
+        while (before := layers[-1].grid.layer) is not None:
+            layers.append(self.layers[before])
+        return layers
 
     def layer(self, name: str) -> SampledLayer:
         """Give a layer by its name.
@@ -121,10 +129,13 @@ class SamplingRecorder:
                 return layer
         raise ValueError(f'name must be one of {[layer.name for layer in self.layers]}, got {name!r}')
 
-    def layer_for(self, size: float) -> SampledLayer:
-        """Give the last layer of the stride that puts about eight positions across an object of this many pixels."""
-        goal = torch.tensor(max(size, 1.0) / 8)
-        return min(reversed(self.layers), key=lambda layer: abs(torch.tensor(layer.grid.stride[0]).div(goal).log2()))
+    def layer_for(self, size: float, depth: int = 1) -> SampledLayer:
+        """Give the last layer of the stride that puts about eight positions across an object of this many pixels.
+
+        Only layers with so many layers on the way back to the image are considered, if there are any.
+        """
+        deep = [layer for layer in self.layers if len(self.stack(layer.name)) >= depth]
+        return min(reversed(deep or self.layers), key=lambda layer: abs(log2(8 * layer.grid.stride[0] / max(size, 1))))
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layers.clear()
