@@ -65,10 +65,9 @@ class Page:
         self.call('Input.dispatchMouseEvent', type='mouseMoved', x=x, y=y)
 
     def click(self, selector: str) -> None:
-        self.run(f'document.querySelector({selector!r}).scrollIntoView({{block: "center"}})')
-        x, y = self.run(
-            f'(r => [r.x + r.width / 2, r.y + r.height / 2])(document.querySelector({selector!r}).getBoundingClientRect())'
-        )
+        element = f'document.querySelector({selector!r})'
+        self.run(f'{element}.scrollIntoView({{block: "center"}})')
+        x, y = self.run(f'(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())')
         for kind in ('mousePressed', 'mouseReleased'):
             self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
 

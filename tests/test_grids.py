@@ -50,7 +50,7 @@ def test_the_place_is_the_centre_of_what_a_position_depends_on(chain: str) -> No
         output = CHAINS[chain](image)
     grid = tracker.grid_of(output)
     assert grid is not None
-    # On the mean of a block: of a transposed convolution and of resizing, neighbours depend on unlike numbers of pixels.
+    # The mean of a block: neighbours in a transposed convolution's output depend on unlike numbers of pixels.
     block = [(output.shape[-2] // 4 * 2 + i, output.shape[-1] // 4 * 2 + j) for i in range(6) for j in range(6)]
     centres = []
     for i, j in block:
@@ -124,3 +124,18 @@ def test_where_the_origin_of_a_map_is_unknown_its_edges_are_the_image_s_and_regi
     with torch.no_grad(), SamplingRecorder(model) as recorder:
         model(torch.zeros(1, 3, 24, 16))
     assert [(layer.name, layer.grid) for layer in recorder.layers] == [('tokens', Grid((4.0, 4.0), (1.5, 1.5)))]
+
+
+def test_an_error_in_the_model_leaves_nothing_behind() -> None:
+    class Failing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            super().forward(x)
+            raise RuntimeError('fails')
+
+    model = Failing(mmdcn.DCN(3, 3, 3))
+    recorder = SamplingRecorder(model)
+    with recorder:
+        with pytest.raises(RuntimeError, match='fails'):
+            model(torch.zeros(1, 3, 8, 8))
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert not model._forward_hooks and not model._forward_pre_hooks

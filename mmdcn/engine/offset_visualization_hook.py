@@ -30,7 +30,8 @@ class OffsetVisualizationHook(Hook):
     `offsets/LAYER/mean`, `.../percentile_99` (lengths, in pixels of the map that the layer samples), `.../relative`
     (the mean over the shorter side of that map) and `.../outside` (of the samples that begin inside the map, the share
     that the offsets move out of it). In each validation it draws for the first image the sampling points of one, two
-    and three layers, and the maps of offsets and masks: `offsets/points` and `offsets/maps`.
+    and three layers, and the maps of offsets and masks: `offset_points` and
+    `offset_maps`.
 
     Offsets run away when more than `max_outside` of a layer's samples have left its map, or are not finite: a warning
     names the layer, once in a run. Outside the map all is zero, so such a layer sees little, and on an image of
@@ -71,11 +72,13 @@ class OffsetVisualizationHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Log what was measured."""
         self._watching.close()
+        scalars: dict[str, float] = {}
         for name, calls in self._statistics.items():
             values = {key: sum(asdict(call)[key] for call in calls) / len(calls) for key in asdict(calls[0])}
-            scalars = {f'offsets/{name}/{key}': value for key, value in values.items()}
-            runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+            scalars |= {f'offsets/{name}/{key}': value for key, value in values.items()}
             self._warn(runner, name, values)
+        if scalars:
+            runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
         self._statistics = {}
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -88,7 +91,7 @@ class OffsetVisualizationHook(Hook):
         self._watching.close()
         if self.draw and batch_idx == 0 and is_main_process() and self._recorder.layers:
             for name, image in _pictures(self._recorder, data_batch, outputs).items():
-                runner.visualizer.add_image(f'offsets/{name}', image, step=runner.iter)
+                runner.visualizer.add_image(f'offset_{name}', image, step=runner.iter)
 
     def _measure(self, layer: nn.Module, sampling: Sampling) -> None:
         self._statistics.setdefault(sampling.name, []).append(offset_statistics(sampling))

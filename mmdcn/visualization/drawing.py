@@ -69,13 +69,20 @@ class Detection:
         width, height = self.right - self.left, self.bottom - self.top
         ax.add_patch(Rectangle((self.left, self.top), width, height, fill=False, color='lime', lw=1.2))
         text = f'{self.label} {self.score:.2f}'
-        ax.text(self.left, self.top - 1, text, color='lime', fontsize=7, va='bottom', bbox=_LABEL, clip_on=True)
+        at_edge = self.top < 0.06 * max(ax.get_ylim())
+        y, above = (max(self.top, 0) + 2, 'top') if at_edge else (self.top - 1, 'bottom')
+        ax.text(self.left, y, text, color='lime', fontsize=7, va=above, bbox=_LABEL, clip_on=True)
 
 
-def new_figure(rows: int, columns: int, pixels: np.ndarray, width: float = 3.4) -> tuple[Figure, np.ndarray]:
-    """Make a figure of so many images, and its axes [rows, columns]. It is not among pyplot's, and needs no display."""
+def new_figure(
+    rows: int, columns: int, pixels: np.ndarray, width: float = 3.4, beside: float = 0.0
+) -> tuple[Figure, np.ndarray]:
+    """Make a figure of images that are so many inches wide, with room beside each, and its axes [rows, columns].
+
+    It is not among pyplot's, and needs no display.
+    """
     height = width * pixels.shape[0] / pixels.shape[1]
-    figure = Figure(figsize=(width * columns, (height + 0.2) * rows + 0.25), layout='compressed', dpi=110)
+    figure = Figure(figsize=((width + beside) * columns, (height + 0.2) * rows + 0.3), layout='compressed', dpi=110)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -148,7 +155,7 @@ def magnitude_map(layer: SampledLayer) -> Tensor:  # [H_out, W_out]
 def maps_figure(picture: Picture, recorder: SamplingRecorder) -> Figure:
     """Draw for each layer the mean length of its offsets, and for a modulated one the mean of its masks."""
     columns = 1 + any(layer.modulated for layer in recorder.layers)
-    figure, axes = new_figure(len(recorder.layers), columns, picture.pixels, width=3)
+    figure, axes = new_figure(len(recorder.layers), columns, picture.pixels, width=2.7, beside=0.5)
     for row, layer in zip(axes, recorder.layers, strict=True):
         _draw_map(row[0], picture, layer, magnitude_map(layer), 'offsets, mean length (px)')
         if layer.modulated:
@@ -168,7 +175,7 @@ def _draw_map(ax: Axes, picture: Picture, layer: SampledLayer, values: Tensor, l
     picture_height, picture_width = picture.pixels.shape[:2]
     ax.set(xlim=(-0.5, picture_width - 0.5), ylim=(picture_height - 0.5, -0.5))
     ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.02).ax.tick_params(labelsize=7)
-    ax.set_title(f'{layer.name}: {label}', fontsize=8)
+    ax.set_title(f'{layer.name}: {label}', fontsize=7, loc='left')
 
 
 def field_figure(

@@ -73,7 +73,7 @@ def _describe(layer: SampledLayer, picture: Picture) -> dict[str, Any]:
         name=layer.name,
         stride=(stride / scale).tolist(),
         start=((start + 0.5) / scale - 0.5).tolist(),
-        input_stride=f'{layer.grid.stride[0]:g}',
+        network_stride=f'{layer.grid.stride[0]:g}',
         size=list(layer.places.shape[-2:]),
         groups=len(layer.places),
         taps=((corner - start) / scale).round(3).tolist(),

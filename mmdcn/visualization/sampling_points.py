@@ -54,25 +54,24 @@ class SamplingRecorder:
         self._images = 0
         self._model = model
         self._tracker = GridTracker()
+        self._tracking = ExitStack()
         self._calls: dict[nn.Module, int] = {}  # the index of a layer's last call
         self._resources = ExitStack()
 
     def __enter__(self) -> 'SamplingRecorder':
         with ExitStack() as stack:
             stack.enter_context(watched(self._model, self._record))
-            handle = self._model.register_forward_pre_hook(self._start, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(self._model.register_forward_pre_hook(self._start, with_kwargs=True).remove)
+            # It is called after an error, too, so that none leaves the tracker behind.
+            stack.callback(self._model.register_forward_hook(self._stop, always_call=True).remove)
             for layer in self._model.modules():
                 if hasattr(layer, 'deform_groups'):
                     stack.callback(layer.register_forward_hook(self._finish).remove)
-            stack.enter_context(self._tracker)
             self._resources = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._resources.close()
-        self._tracker.forget()
-        self._calls.clear()
 
     def points(
         self, name: str, y: float, x: float, depth: int = 2, group: int = 0, regular: bool = False
@@ -138,13 +137,17 @@ class SamplingRecorder:
         return min(reversed(deep or self.layers), key=lambda layer: abs(log2(8 * layer.grid.stride[0] / max(size, 1))))
 
     def _start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.layers.clear()
-        self._calls.clear()
-        self._tracker.forget()
         images = _images(args, kwargs)
+        self.layers.clear()
         self.image_size = (images.shape[-2], images.shape[-1])
         self._images = len(images) if images.dim() == 4 else 1
         self._tracker.note(images, Grid())
+        self._tracking.enter_context(self._tracker)
+
+    def _stop(self, *_: Any) -> None:
+        self._tracking.close()
+        self._tracker.forget()
+        self._calls.clear()
 
     def _record(self, layer: nn.Module, sampling: Sampling) -> None:
         input_grid = self._tracker.grid_of(sampling.input) or self._grid_by_size(sampling.input)

@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--layer', help='the last of the stacked layers [the one that suits the best detection]')
     parser.add_argument('--depth', type=int, default=3, help='the most layers to follow, at least 1 [%(default)s]')
     parser.add_argument('--score', type=float, default=0.3, help='least score of a detection [%(default)s]')
+    parser.add_argument('--format', choices=['png', 'jpg'], default='png', help='of the pictures [%(default)s]')
     parser.add_argument('--device', default='cpu', help='where to run the detector [%(default)s]')
     args = parser.parse_args()
     if args.depth < 1:
@@ -100,11 +101,11 @@ def main() -> None:
     model = load_detector(args.config, args.checkpoint, args.device)
     inspections = [inspect(model, image, args.score) for image in args.images]
     if 'detections' in args.views:
-        save(draw_all_detections(inspections, min(args.depth, 2)), args.out_dir / 'detections.png')
+        save(draw_all_detections(inspections, min(args.depth, 2)), args.out_dir / f'detections.{args.format}')
     for image, found in zip(args.images, inspections, strict=True):
         for view in args.views:
             if view != 'detections':
-                save(draw_view(view, found, args), args.out_dir / f'{Path(image).stem}_{view}.png')
+                save(draw_view(view, found, args), args.out_dir / f'{Path(image).stem}_{view}.{args.format}')
 
 
 if __name__ == '__main__':
