@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,8 +101,8 @@ def draw_points(
 ) -> None:
     """Draw sampling points [N, 2] of the network's input, heavier ones darker, around a place (y, x) of the image."""
     at = picture.from_input(places)
-    shade = (weights / weights.max().clamp(min=1e-12)).clamp(min=0.2)
-    ax.scatter(at[:, 1], at[:, 0], s=size, c='red', edgecolors='white', alpha=shade.numpy(), lw=0.02 * size)
+    shade: Any = (weights / weights.max().clamp(min=1e-12)).clamp(min=0.2).numpy()
+    ax.scatter(at[:, 1], at[:, 0], s=size, c='red', edgecolors='white', alpha=shade, lw=0.02 * size)
     ax.plot(centre[1], centre[0], '+', color='cyan', ms=8, mew=1.5)
 
 

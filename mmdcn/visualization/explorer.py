@@ -56,7 +56,7 @@ def explorer_page(
 
 def _data_url(pixels: np.ndarray) -> str:
     _, encoded = cv2.imencode('.jpg', np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])
-    return 'data:image/jpeg;base64,' + base64.b64encode(encoded).decode()
+    return 'data:image/jpeg;base64,' + base64.b64encode(encoded.tobytes()).decode()
 
 
 def _describe(layer: SampledLayer, picture: Picture) -> dict[str, Any]:

@@ -163,4 +163,4 @@ class GridTracker(TorchDispatchMode):
 
 def _key(tensor: Tensor) -> _Key:
     # Autograd may replace a view by another tensor on the same memory, so tensors are no keys.
-    return StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape[-2:]
+    return StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset()), tensor.shape[-2:]

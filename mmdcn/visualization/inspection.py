@@ -117,7 +117,9 @@ def detections_of(sample: DetDataSample, classes: Sequence[str], score: float) -
     found = sample.pred_instances.cpu()
     found = found[found.scores >= score]
     found = found[found.scores.argsort(descending=True)]
-    return [
-        Detection(*box.tolist(), classes[label] if label < len(classes) else str(int(label)), float(value))
-        for box, label, value in zip(found.bboxes, found.labels, found.scores, strict=True)
-    ]
+    detections = []
+    for box, label, value in zip(found.bboxes, found.labels.tolist(), found.scores.tolist(), strict=True):
+        left, top, right, bottom = box.tolist()
+        name = classes[label] if label < len(classes) else str(label)
+        detections.append(Detection(left, top, right, bottom, name, value))
+    return detections

@@ -57,8 +57,8 @@ def _packed(name: str, layer: Any, saw: Callable) -> Callable:
 
 def _unpacked(name: str, layer: Any, saw: Callable) -> Callable:
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict(zip(('x', 'offset', 'mask'), args, strict=False)) | kwargs
-        saw(layer, _sampling(name, layer, given.get('x', given.get('input')), given['offset'], given.get('mask')))
+        given: dict[str, Any] = dict(zip(('x', 'offset', 'mask'), args, strict=False)) | kwargs
+        saw(layer, _sampling(name, layer, given['x'], given['offset'], given.get('mask')))
 
     return hook
 
