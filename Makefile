@@ -133,7 +133,7 @@ $(WORK_DIR)/results.txt: $(CONFIG) | data/mnist_scenes
 	grep '^|' $(WORK_DIR)/test.log > $@
 
 $(WORK_DIR)/demo.png: $(WORK_DIR)/results.txt
-	$(BIN)/python tools/analysis_tools/draw_sampling_points.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --out $@
+	$(BIN)/python tools/analysis_tools/visualize_offsets.py $$(ls data/mnist_scenes/test/* | head -8) $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --views detections --score 0.5 --out-dir $(@D) && mv $(@D)/detections.png $@
 
 clean:
 	rm -rf build dist *.egg-info mmdcn/*.so .venv*/core.stamp

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmdcn.apis import DetInferencer
     from mmdcn.checkpoints import layouts, zoo
     from mmdcn.datasets import LoadImageFromFile
-    from mmdcn.engine import AmpOptimWrapper, DCNOptimWrapperConstructor, EpochSeedHook, FSDPStrategy
+    from mmdcn.engine import AmpOptimWrapper, DCNOptimWrapperConstructor, EpochSeedHook, FSDPStrategy, OffsetVisualizationHook
     from mmdcn.models.fuse_conv_bn import fuse_conv_bn
     from mmdcn.models.resnet import ResNet, ResNetV1d
     from mmdcn.models.roi_extractor import SingleRoIExtractor
@@ -55,6 +55,7 @@ __all__ = [
     'ModulatedDeformConv2d',
     'ModulatedDeformConv2dPack',
     'ModulatedDeformRoIPoolPack',
+    'OffsetVisualizationHook',
     'ResNet',
     'ResNetV1d',
     'SingleRoIExtractor',
@@ -89,6 +90,7 @@ _HOMES = {
     'EpochSeedHook': 'mmdcn.engine',
     'FSDPStrategy': 'mmdcn.engine',
     'LoadImageFromFile': 'mmdcn.datasets',
+    'OffsetVisualizationHook': 'mmdcn.engine',
     'ResNet': 'mmdcn.models.resnet',
     'ResNetV1d': 'mmdcn.models.resnet',
     'SingleRoIExtractor': 'mmdcn.models.roi_extractor',
