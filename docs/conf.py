@@ -40,6 +40,8 @@ html_theme = 'pydata_sphinx_theme'
 html_title = 'mmdcn'
 html_extra_path = ['_root']  # leads from / to the start page
 html_show_sourcelink = False
+html_static_path = ['_static']
+html_css_files = ['site.css']
 html_theme_options = {
     'logo': {'text': 'mmdcn'},
     'navbar_center': [],

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
-    'AMP AOTInductor AVX2 AVX512 COCO CPU CPUs CUDA DCN DCNv1 DCNv2 DCNv3 DCNv4 DDP DeepSpeed FLOPs FSDP GPU GPUs JSON MIM '
-    'NaN NEON NMS NumPy oneDNN ONNX RGB RoI RoIAlign TF32 TOOD TorchScript'
+    'AMP AOTInductor AVX2 AVX512 COCO CPU CPUs CUDA DCN DCNv1 DCNv2 DCNv3 DCNv4 DDP DeepSpeed FLOPs FSDP GPU GPUs JSON '
+    'MIM NaN NEON NMS NumPy oneDNN ONNX RGB RoI RoIAlign TF32 TOOD TorchScript'
 )
 SPELLINGS = {word.lower(): word for word in WORDS.split()} | {
     'mmcvs': "mmcv's",

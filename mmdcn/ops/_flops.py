@@ -2,8 +2,8 @@
 """FLOPs of the operators, for `torch.utils.flop_counter.FlopCounterMode` and for mmengine's counter.
 
 Multiply-adds are counted: torch counts two flops for each, mmengine one. They are those of the matrix products, and
-four for each bilinear sample of each channel, as mmengine counts a `grid_sample`. What is done once for all channels (to
-locate a sample, to scale by a mask) is not counted.
+four for each bilinear sample of each channel, as mmengine counts a `grid_sample`. What is done once for all channels
+(to locate a sample, to scale by a mask) is not counted.
 """
 
 from collections.abc import Sequence
