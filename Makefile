@@ -1,4 +1,4 @@
-# Two targets do everything: `make demo` and `make test`. Each sets up what it needs in .venv, once.
+# The two main targets are `make demo` and `make test`. Each sets up what it needs in .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,12 +21,12 @@ test: $(VENV)/core.stamp
 	@echo "== Testing, about 16 minutes on 2 cores =="
 	$(BIN)/pytest
 
-# The same on OpenMMLab's own last releases, in an environment of their own.
+# The tests on OpenMMLab's own last releases, in a separate environment.
 test-openmmlab:
 	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
 
-# The comparisons with torchvision. Its 0.29 needs torch 2.14, which has only builds for CUDA, of some gigabytes: so it is not
-# in the environment of `make test`. The core is the one that was built there.
+# The comparisons with torchvision, in a separate environment: torchvision 0.29 needs torch 2.14, which exists only as a
+# build for CUDA of some gigabytes. The core is that of `make test`.
 TORCHVISION := .venv-torchvision/bin
 test-torchvision: $(VENV)/core.stamp
 	@echo "== Setting up .venv-torchvision: some gigabytes =="
@@ -35,7 +35,7 @@ test-torchvision: $(VENV)/core.stamp
 	$(TORCHVISION)/python -c 'import torch, torchvision.ops; print("torch", torch.__version__, "torchvision", torchvision.__version__)'
 	PYTHONPATH=. $(TORCHVISION)/python -m pytest -k torchvision tests/test_deform_conv2d.py tests/test_deform_roi_pool.py
 
-# Every checkpoint of the zoo gives the average precision that its metafile says.
+# Checks that every checkpoint of the zoo reaches the AP in its metafile.
 zoo-check: $(VENV)/core.stamp data/mnist_scenes data/neon_trees
 	$(BIN)/python tools/zoo_check.py
 
@@ -43,13 +43,13 @@ lint: $(VENV)/core.stamp
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
 bench: $(VENV)/core.stamp
-	@echo "== Measuring every shape and peer: leave the machine alone meanwhile =="
+	@echo "== Measuring every shape and peer: run nothing else meanwhile =="
 	$(PIP) install -r requirements/bench.txt
 	$(BIN)/python benchmarks/run.py deform_conv2d --cases all
 	$(BIN)/python benchmarks/run.py deform_roi_pool --cases all
 
-# The operators' tests on a core that checks every address and every undefined operation. It needs more memory than the
-# tests of too little memory and of the workspace leave.
+# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer. The tests that limit memory are left out:
+# the sanitizers need more.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/core.stamp
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mmdcn $(SANITIZED) && rm -f $(SANITIZED)/mmdcn/*.so
@@ -64,8 +64,8 @@ sanitize: $(VENV)/core.stamp
 	$(BIN)/pytest -p no:cacheprovider -k 'not too_little_memory and not workspace' \
 	  $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_fuzz.py roi_pool.py)
 
-# One wheel for every Python and torch, made from the sdist. Its libraries find torch's in the process, so that none is
-# copied into it. The check has the packages of .venv, but mmdcn from the wheel.
+# One wheel for every Python and torch, built from the sdist. torch's libraries are not copied into it: at run time they
+# are loaded already. The check uses the packages of .venv, but mmdcn from the wheel.
 WHEEL_CHECK := build/wheel-check
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 wheel: $(VENV)/core.stamp
@@ -75,7 +75,7 @@ wheel: $(VENV)/core.stamp
 	$(BIN)/python -m build --no-isolation
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
-	@echo "== Testing it in an environment of its own =="
+	@echo "== Testing it in a separate environment =="
 	$(BIN)/python -m venv $(WHEEL_CHECK)
 	$(WHEEL_CHECK)/bin/pip install --no-deps -r requirements/mim.txt dist/*.whl
 	$(BIN)/python $(SITE) > "$$($(WHEEL_CHECK)/bin/python $(SITE))/venv.pth"
@@ -100,7 +100,7 @@ gpu-check:
 
 setup: $(VENV)/core.stamp
 
-# mmcv is compiled here, which its own build must be told to do; pip keeps the wheel for the next time.
+# MMCV_WITH_OPS makes mmcv compile its operators; pip caches the wheel.
 $(VENV)/openmmlab.stamp: requirements/build.txt $(OPENMMLAB)
 	@echo "== Setting up $(VENV): torch, then mmcv, which compiles for about 7 minutes on 2 cores =="
 	$(PYTHON) -m venv $(VENV)
@@ -126,7 +126,7 @@ data/neon_trees: $(VENV)/core.stamp
 	touch $@
 
 $(WORK_DIR)/results.txt: $(CONFIG) | data/mnist_scenes
-	@echo "== Training a DCNv2 detector, about 8 minutes on 2 cores; stopped, it goes on from its last checkpoint =="
+	@echo "== Training a DCNv2 detector, about 8 minutes on 2 cores; if stopped, it continues from its last checkpoint =="
 	$(BIN)/python tools/train.py $(CONFIG) --resume
 	@echo "== Testing it =="
 	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" | tee $(WORK_DIR)/test.log

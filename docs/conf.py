@@ -40,14 +40,15 @@ html_theme = 'pydata_sphinx_theme'
 html_title = 'mmdcn'
 html_extra_path = ['_root']  # leads from / to the start page
 html_show_sourcelink = False
+html_static_path = ['_static']
+html_css_files = ['site.css']
 html_theme_options = {
     'logo': {'text': 'mmdcn'},
-    'navbar_align': 'left',
+    'navbar_center': [],
     'navigation_with_keys': False,
-    'header_links_before_dropdown': 4,
-    'show_toc_level': 2,
+    'globaltoc_maxdepth': 1,
     'secondary_sidebar_items': ['page-toc'],
     'footer_start': ['copyright'],
     'footer_end': [],
 }
-html_sidebars = {'**': ['sidebar-nav-bs']}
+html_sidebars = {'docs/index': [], '**': ['globaltoc.html']}

@@ -4,6 +4,7 @@
 import re
 from pathlib import Path
 
+import conformance
 import numpy as np
 import pytest
 from code_blocks import find_blocks, run_blocks
@@ -11,8 +12,8 @@ from mmengine.config import Config
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / 'docs'
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(DOCS.glob('*.md')), *sorted(ROOT.glob('configs/**/*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md']
+PAGES += [*sorted((ROOT / 'docs').glob('*.md')), *sorted(ROOT.glob('configs/**/*.md'))]
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -56,3 +57,20 @@ def test_a_test_that_a_page_names_exists(page: Path) -> None:
     sources = ''.join(path.read_text() for path in (ROOT / 'tests').glob('*.py'))
     names = re.findall(r'`(test_[a-z0-9_]+)`', page.read_text())
     assert [name for name in names if f'def {name}(' not in sources] == []
+
+
+def test_the_conformance_page_lists_every_test() -> None:
+    lines = list(conformance.tables())
+    for path in sorted((ROOT / 'tests').glob('test_*.py')):
+        names = re.findall(r'^def (test_\w+)', path.read_text(), re.MULTILINE)
+        assert names == [promise.test for promise in conformance.find_promises(path)]
+        assert any(f'(../tests/{path.name})' in line for line in lines)
+
+
+def test_a_promise_is_the_name_of_a_test_as_prose_and_its_docstring(tmp_path: Path) -> None:
+    file = tmp_path / 'test_x.py'
+    file.write_text('def test_a_nan_offset_gives_nan_on_cuda(device):\n    """Of two\n    lines.\n\n    More."""\n')
+    promise = conformance.Promise(
+        'test_a_nan_offset_gives_nan_on_cuda', 'A NaN offset gives NaN on CUDA', 'Of two lines.', 'CPU, CUDA'
+    )
+    assert list(conformance.find_promises(file)) == [promise]

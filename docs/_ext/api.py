@@ -53,7 +53,10 @@ def add_sections(app: Any, document: str, source: list[str]) -> None:
 
 
 def add_shapes(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Begin the description of each tensor with its shape."""
+    """Begin the description of each tensor with its shape, and mark an example as code."""
+    if 'Example:' in lines:
+        number = lines.index('Example:')
+        lines[number : number + 1] = ['Example::', '']
     if inspect.isfunction(value):
         for argument, shape in SHAPE.findall(inspect.getsource(value)):
             for number, line in enumerate(lines):

@@ -32,7 +32,7 @@ def find_blocks(page: Path) -> Iterator[Block]:
 
 
 def run_blocks(page: Path) -> Iterator[tuple[Block, str]]:
-    """Run the blocks one after the other, and yield each with what it printed. Tracebacks have the lines of the page."""
+    """Run the blocks in order, and yield each with what it printed. Tracebacks have the lines of the page."""
     namespace: dict[str, Any] = {}
     for block in find_blocks(page):
         code = compile('\n' * (block.line - 1) + block.code, str(page), 'exec')

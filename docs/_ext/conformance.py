@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-SPELLINGS = {
-    word.lower(): word
-    for word in (
-        'AMP AOTInductor AVX2 AVX512 COCO CPU CPUs CUDA DCN DCNv1 DCNv2 DCNv3 DCNv4 DDP DeepSpeed FLOPs FSDP GPU GPUs JSON '
-        'MIM NaN NEON NMS NumPy oneDNN ONNX RGB RoI RoIAlign TF32 TOOD TorchScript'
-    ).split()
-} | {'mmcvs': "mmcv's", 'mmdets': "mmdet's", 'mmdcns': "mmdcn's"}
+WORDS = (
+    'AMP AOTInductor AVX2 AVX512 COCO CPU CPUs CUDA DCN DCNv1 DCNv2 DCNv3 DCNv4 DDP DeepSpeed FLOPs FSDP GPU GPUs JSON '
+    'MIM NaN NEON NMS NumPy oneDNN ONNX RGB RoI RoIAlign TF32 TOOD TorchScript'
+)
+SPELLINGS = {word.lower(): word for word in WORDS.split()} | {
+    'mmcvs': "mmcv's",
+    'mmdets': "mmdet's",
+    'mmdcns': "mmdcn's",
+}
 
 
 class Promise(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs around a detector."""
+"""Parts of a training run: hooks, strategies, optimizer constructors."""
 
 from mmdcn.engine.amp_optim_wrapper import AmpOptimWrapper
 from mmdcn.engine.epoch_seed_hook import EpochSeedHook

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to a runner, with a message for everything that a user can put right."""
+"""From a command line to a runner, with a message for every error that a user can fix."""
 
 import argparse
 import ast
@@ -40,11 +40,11 @@ _ROOTS = [registry for registry in vars(root).values() if isinstance(registry, R
 
 
 class LaunchError(Exception):
-    """Something a user can put right; the message says what and how."""
+    """An error that a user can fix; the message says how."""
 
 
 class Options(argparse.Action):
-    """mmengine's DictAction, which knows dicts as well: `KEY=[dict(type="EMAHook")]`."""
+    """mmengine's DictAction, which also takes dicts: `KEY=[dict(type="EMAHook")]`."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         """Add the settings to those that were given before."""
@@ -70,7 +70,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _value_of(node: ast.expr) -> Any:
-    """Give the value of an expression; a word needs no quotes, as nowhere in an option."""
+    """Return the value of an expression; a word needs no quotes, as everywhere in an option."""
     match node:
         case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(one.arg for one in keywords):
             return {one.arg: _value_of(one.value) for one in keywords}
@@ -166,13 +166,13 @@ def build_model(config: str | Path) -> torch.nn.Module:
 
 @contextmanager
 def explained(cfg: Config) -> Iterator[None]:
-    """Name the place in the config of what a user can put right.
+    """Name the place in the config of an error that a user can fix.
 
-    That is a `type` that nothing knows, a file that is not there, weights that need torchvision, and a checkpoint with
-    what it should not hold.
+    These are a `type` that is not registered, a missing file, weights that need torchvision, and a checkpoint that
+    holds more than data.
 
     Raises:
-        LaunchError: Instead of the error that such a thing has caused. All others pass, with their traceback.
+        LaunchError: Instead of such an error. All other errors keep their traceback.
     """
     try:
         yield
@@ -211,9 +211,9 @@ def explained(cfg: Config) -> Iterator[None]:
 
 
 def mend_last_checkpoint(work_dir: Path) -> None:
-    """Name the last checkpoint again where a kill has left the note of it empty, which mmengine rewrites in place.
+    """Restore the file `last_checkpoint` if a kill has left it empty: mmengine rewrites it in place.
 
-    The note is written after its checkpoint, so the newest one is whole.
+    It is written after its checkpoint, so the newest checkpoint is complete.
     """
     note = work_dir / 'last_checkpoint'
     if note.exists() and not note.read_text():
@@ -223,8 +223,8 @@ def mend_last_checkpoint(work_dir: Path) -> None:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run a tool, and print what a user can put right as one line instead of a traceback."""
-    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # onedl-mmengine would load anything else at the second try
+    """Run a tool, and print an error that a user can fix as one line instead of a traceback."""
+    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # onedl-mmengine would retry without it, and load anything
     allow_mmengine_checkpoints()
     try:
         main()
@@ -242,7 +242,7 @@ def _use_amp_of_cpu(cfg: Config) -> None:
 
 
 def _distribute_on_cpu(cfg: Config) -> None:
-    """Start gloo, and keep mmengine from giving each process a GPU of its own."""
+    """Start gloo, and keep mmengine from assigning a GPU to each process."""
     torch.distributed.init_process_group('gloo')
     default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
     cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg', default), device_ids=None)
@@ -280,7 +280,7 @@ def _check_dataset(dataset: ConfigDict, loader: str) -> None:
 
 
 def _unknown_types(cfg: Config, scope: str) -> Iterator[tuple[str, str]]:
-    """Give the place and the name of every `type` that neither a registry nor mmcv.ops has."""
+    """Yield the place and the name of every `type` that neither a registry nor mmcv.ops has."""
     for place, name in _types(dict(cfg.items()), ''):
         full_name = name if '.' in name else f'{scope}.{name}'
         if not any(registry.get(full_name) for registry in _ROOTS) and not hasattr(mmcv.ops, name):
@@ -288,12 +288,12 @@ def _unknown_types(cfg: Config, scope: str) -> Iterator[tuple[str, str]]:
 
 
 def _types(node: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Give the place and the name of every `type`."""
+    """Yield the place and the name of every `type`."""
     return ((where, text) for where, text in _texts(node, place) if where.split('.')[-1] == 'type')
 
 
 def _texts(node: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Give every text of a config with its place, such as `model.neck[0].type`."""
+    """Yield every text of a config with its place, such as `model.neck[0].type`."""
     if isinstance(node, str):
         yield place, node
     elif isinstance(node, dict):

@@ -33,7 +33,7 @@ IntPair = int | Pair
 
 
 def pair(value: IntPair) -> Pair:
-    """Give both axes the value if it is one number."""
+    """Return both axes the value if it is one number."""
     return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)
 
 
@@ -107,7 +107,7 @@ def split_groups(
     dim: int,
     groups: int,
 ) -> Tensor:  # [..., groups, C / groups, ...]
-    """Give the groups a dimension of their own."""
+    """Return the groups a dimension of their own."""
     return torch.unflatten(tensor, dim, (groups, -1))
 
 
