@@ -50,7 +50,9 @@ ImageBatch image_batch(const ConvGeometry& g, bool copies, bool may_split, int64
 }
 
 // What is faster on this processor: the type itself, or the one that is computed in.
-ScalarType multiply_type(ScalarType storage) { return Linear::packs(storage) ? storage : compute_type(storage); }
+ScalarType multiply_type(ScalarType storage, const ConvGeometry& g) {
+  return storage == ScalarType::BFloat16 && g.groups == 1 && Linear::packs(storage) ? storage : compute_type(storage);
+}
 
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask, const Tensor& weight,
                      const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
@@ -61,7 +63,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optio
   check_bias(bias, input, g.out_channels);
   const Tensor output = torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(),
                                              std::nullopt, input.device(), std::nullopt, memory_format(input));
-  const ScalarType type = compute_type(input.scalar_type()), product_type = multiply_type(input.scalar_type());
+  const ScalarType type = compute_type(input.scalar_type()), product_type = multiply_type(input.scalar_type(), g);
   dispatch_storage(product_type, "input", [&](auto zero) {
     using scalar_t = decltype(zero);
     using T = compute_t<scalar_t>;
@@ -74,10 +76,8 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optio
       const Tensor part = slice(input, 1, begin, channels.size());
       for (int64_t first = 0; first < g.batch; first += step.images) {
         const int64_t count = std::min(step.images, g.batch - first);
-        const Tensor target = nhwc_view(output, first, count);
         forward.run(sample_plan<T>(g, offset, mask, type, first, count),
-                    nhwc_rows<scalar_t>(part, first, count, product_type),
-                    torch::stable::view(target, {count, g.positions(), g.out_channels}));
+                    nhwc_rows<scalar_t>(part, first, count, product_type), slice(output, 0, first, count));
       }
     }
   });
@@ -99,8 +99,6 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
   const Tensor grad_mask = empty_gradient(output_mask[2], mask.value_or(offset), type);
   const Tensor grad_weight = empty_gradient(output_mask[3], weight, weight.scalar_type());
 
-  const Tensor grad_positions =
-      torch::stable::reshape(permute(grad_output, {0, 2, 3, 1}), {g.batch, g.positions(), g.out_channels});
   dispatch_compute(type, [&](auto zero) {
     using T = decltype(zero);
     const bool copies_grad_input = output_mask[0] && !is_nhwc_matrix(grad_input, type);
@@ -120,7 +118,7 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
                                 copies_grad_input ? channels.size() : g.in_channels};
         const int64_t samples = first * g.samples_per_position() * g.positions();
         backward.run(sample_plan<T>(g, offset, mask, type, first, count), nhwc_rows<T>(part, first, count, type),
-                     grad_rows, slice(grad_positions, 0, first, count),
+                     grad_rows, slice(grad_output, 0, first, count),
                      output_mask[1] ? static_cast<T*>(grad_offset.data_ptr()) + 2 * samples : nullptr,
                      output_mask[2] ? static_cast<T*>(grad_mask.data_ptr()) + samples : nullptr);
         if (copies_grad_input) torch::stable::copy_(target, sum);

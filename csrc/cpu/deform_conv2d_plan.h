@@ -10,6 +10,7 @@
 #include "../core/conv_geometry.h"
 #include "../core/dispatch.h"
 #include "../core/stable_ops.h"
+#include "positions.h"
 
 namespace mmdcn {
 
@@ -18,22 +19,18 @@ struct ChannelRange {
   int64_t size() const { return end - begin; }
 };
 
-// Channels that share a group of the weight and a group of the offsets.
-struct ChannelBlock : ChannelRange {
-  int64_t group, offset_group;
+// The parts of the channels that lie in one group each, of `group_channels` channels.
+struct GroupChannels : ChannelRange {
+  int64_t group;
 };
 
-inline std::vector<ChannelBlock> channel_blocks(const ConvGeometry& g, const ChannelRange& channels,
-                                                int64_t max_channels) {
-  std::vector<ChannelBlock> blocks;
-  for (int64_t begin = channels.begin; begin < channels.end;) {
-    const int64_t group = begin / g.group_in_channels(), offset_group = begin / g.offset_group_channels();
-    const int64_t end = std::min({begin + max_channels, (group + 1) * g.group_in_channels(),
-                                  (offset_group + 1) * g.offset_group_channels(), channels.end});
-    blocks.push_back({{begin, end}, group, offset_group});
-    begin = end;
+inline std::vector<GroupChannels> split_by_groups(const ChannelRange& channels, int64_t group_channels) {
+  std::vector<GroupChannels> parts;
+  for (int64_t begin = channels.begin; begin < channels.end; begin = parts.back().end) {
+    const int64_t group = begin / group_channels;
+    parts.push_back({{begin, std::min((group + 1) * group_channels, channels.end)}, group});
   }
-  return blocks;
+  return parts;
 }
 
 template <typename T>
@@ -51,25 +48,30 @@ class SamplePlan {
         offset_(torch::stable::to(offset, type)),
         mask_(mask ? std::optional<Tensor>(torch::stable::to(*mask, type)) : std::nullopt) {}
 
-  // samples [count, offset_groups, K] of positions first, first + 1, ... of all the images.
+  // samples [count, offset_groups, K] of positions first, first + 1, ... of all the images. Adjacent positions share
+  // the cache lines of the offsets' planes, so that these are read for some positions at a time.
   void locate_samples(int64_t first, int64_t count, PlannedSample<T>* samples) const {
-    for (int64_t position = first; position < first + count; ++position) {
-      const int64_t image = position / g_.positions();
+    for_each_run(offset_, first, count, [&](int64_t offset_begin, int64_t row, int64_t length) {
+      const int64_t position = first + row, image = position / g_.positions();
       const int64_t out_y = position % g_.positions() / g_.out_width, out_x = position % g_.out_width;
-      const T* offset = at(offset_, image, out_y, out_x);
+      const T* offset = data<const T>(offset_) + offset_begin;
       const T* mask = mask_ ? at(*mask_, image, out_y, out_x) : nullptr;
-      const int64_t first_pixel = image * g_.height * g_.width;
-      for (int64_t s = 0; s < g_.samples_per_position(); ++s, ++samples) {
+      for (int64_t s = 0; s < g_.samples_per_position(); ++s) {
         const int64_t tap = s % g_.taps();
-        const T y = static_cast<T>(g_.regular_y(out_y, tap)) + offset[2 * s * offset_.stride(1)];
-        const T x = static_cast<T>(g_.regular_x(out_x, tap)) + offset[(2 * s + 1) * offset_.stride(1)];
-        samples->cell = locate(g_.height, g_.width, y, x);
-        samples->mask = mask ? mask[s * mask_->stride(1)] : static_cast<T>(1);
-        for (int64_t& pixel : samples->cell.pixel) {
-          pixel += pixel == kOutside ? 0 : first_pixel;
+        const int64_t regular_y = g_.regular_y(out_y, tap), regular_x = g_.regular_x(out_x, tap);
+        for (int64_t i = 0; i < length; ++i) {
+          const T* own = offset + 2 * s * offset_.stride(1) + i * offset_.stride(3);
+          const T y = static_cast<T>(regular_y) + own[0];
+          const T x = static_cast<T>(regular_x + i * g_.stride_x) + own[offset_.stride(1)];
+          PlannedSample<T>& sample = samples[(row + i) * g_.samples_per_position() + s];
+          sample.cell = locate(g_.height, g_.width, y, x);
+          sample.mask = mask ? mask[s * mask_->stride(1) + i * mask_->stride(3)] : static_cast<T>(1);
+          for (int64_t& pixel : sample.cell.pixel) {
+            pixel += pixel == kOutside ? 0 : image * g_.height * g_.width;
+          }
         }
       }
-    }
+    });
   }
 
  private:

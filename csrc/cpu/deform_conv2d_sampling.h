@@ -5,6 +5,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "../core/bilinear.h"
 #include "../core/nhwc.h"
@@ -23,6 +24,26 @@ struct CornerRows {
     }
   }
 };
+
+// Calls body(channels) with a number that the compiler knows where it is a common one: such a loop has no ends to look
+// after.
+template <typename Body>
+void with_constant_channels(int64_t channels, const Body& body) {
+  switch (channels) {
+    case 4:
+      return body(std::integral_constant<int64_t, 4>());
+    case 8:
+      return body(std::integral_constant<int64_t, 8>());
+    case 16:
+      return body(std::integral_constant<int64_t, 16>());
+    case 32:
+      return body(std::integral_constant<int64_t, 32>());
+    case 64:
+      return body(std::integral_constant<int64_t, 64>());
+    default:
+      return body(channels);
+  }
+}
 
 template <typename scalar_t, typename T>
 scalar_t rounded(T value) {
