@@ -15,11 +15,29 @@ from mmdcn import nn, ops, reference
 from mmdcn.version import __version__
 
 if TYPE_CHECKING:
-    from mmdcn import apis, checkpoints, datasets, deployment, engine, models, modules, onnx, registry, utils, visualization
+    from mmdcn import (
+        apis,
+        checkpoints,
+        datasets,
+        deployment,
+        engine,
+        models,
+        modules,
+        onnx,
+        registry,
+        utils,
+        visualization,
+    )
     from mmdcn.apis import DetInferencer
     from mmdcn.checkpoints import layouts, zoo
     from mmdcn.datasets import LoadImageFromFile
-    from mmdcn.engine import AmpOptimWrapper, DCNOptimWrapperConstructor, EpochSeedHook, FSDPStrategy, OffsetVisualizationHook
+    from mmdcn.engine import (
+        AmpOptimWrapper,
+        DCNOptimWrapperConstructor,
+        EpochSeedHook,
+        FSDPStrategy,
+        OffsetVisualizationHook,
+    )
     from mmdcn.models.fuse_conv_bn import fuse_conv_bn
     from mmdcn.models.resnet import ResNet, ResNetV1d
     from mmdcn.models.roi_extractor import SingleRoIExtractor
@@ -39,8 +57,8 @@ if TYPE_CHECKING:
     from mmdcn.openmmlab.switches import patch_mmdet, unpatch_mmdet
 
 __all__ = [
-    'AmpOptimWrapper',
     'DCN',
+    'AmpOptimWrapper',
     'DCNOptimWrapperConstructor',
     'DCNv2',
     'DeformConv2d',

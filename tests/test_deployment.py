@@ -16,7 +16,7 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
-from small_detectors import LEVELS, backbone, build, faster_rcnn_config, fcos_config
+from small_detectors import build, faster_rcnn_config, fcos_config
 from torch import Tensor, nn
 
 import mmdcn
@@ -24,9 +24,7 @@ from mmdcn import deployment
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py'
-ANCHORS = dict(
-    type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[4, 8, 16]
-)
+ANCHORS = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[4, 8, 16])
 HEADS: dict[str, dict] = {
     'FCOSHead': {},
     'RetinaHead': dict(anchor_generator=dict(ANCHORS, scales_per_octave=2)),

@@ -97,7 +97,10 @@ def _of_level(
     if not is_rpn:
         scores = scores.masked_fill(scores <= head.test_cfg.get('score_thr', 0), NONE)
     if is_rpn and head.test_cfg.get('nms_pre', -1) <= 0:
-        scores, index = scores.flatten(1), torch.arange(priors.shape[0], device=scores.device).expand(scores.shape[0], -1)
+        scores, index = (
+            scores.flatten(1),
+            torch.arange(priors.shape[0], device=scores.device).expand(scores.shape[0], -1),
+        )
     else:
         scores, index = best(scores.flatten(1), head.test_cfg.nms_pre)
     place = index // count
