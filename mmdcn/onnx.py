@@ -60,7 +60,8 @@ def _deform_roi_pool(
     corners = op.Slice(rois, [1], [5], [1])
     if offset is None:
         return _roi_align(input, corners, images, output_size, spatial_scale, sampling_ratio, aligned)
-    assert aligned, 'the public function has no other pooling with offsets'
+    if not aligned:
+        raise ValueError('deform_roi_pool with offsets and aligned=False has no form in ONNX: use aligned=True')
     height, width = output_size
     # The pooling of a bin is RoIAlign of the bin as a region of its own, in pixels of the input.
     bins = _moved_bins(op.Mul(corners, _floats(spatial_scale)), offset, output_size, sampling_ratio, gamma)
@@ -101,9 +102,16 @@ def _roi_align(
     aligned: bool = True,
 ) -> Any:
     return op.RoiAlign(
-        input, corners, images, coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel', mode='avg', output_height=output_size[0],
-        output_width=output_size[1], spatial_scale=spatial_scale, sampling_ratio=sampling_ratio,
-    )  # fmt: skip
+        input,
+        corners,
+        images,
+        coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel',
+        mode='avg',
+        output_height=output_size[0],
+        output_width=output_size[1],
+        spatial_scale=spatial_scale,
+        sampling_ratio=sampling_ratio,
+    )
 
 
 def _floats(*values: float) -> Any:
