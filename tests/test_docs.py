@@ -74,3 +74,9 @@ def test_a_promise_is_the_name_of_a_test_as_prose_and_its_docstring(tmp_path: Pa
         'test_a_nan_offset_gives_nan_on_cuda', 'A NaN offset gives NaN on CUDA', 'Of two lines.', 'CPU, CUDA'
     )
     assert list(conformance.find_promises(file)) == [promise]
+
+
+@each_page
+def test_a_script_that_a_page_names_exists(page: Path) -> None:
+    scripts = re.findall(r'\b(?:tools|benchmarks|demo|tests)/[a-z0-9_/]+\.(?:py|sh)\b', page.read_text())
+    assert [script for script in scripts if not (ROOT / script).exists()] == []

@@ -15,6 +15,7 @@ WORDS = (
     'AMP AOTInductor AVX2 AVX512 COCO CPU CPUs CUDA DCN DCNv1 DCNv2 DCNv3 DCNv4 DDP DeepSpeed FLOPs FSDP GPU GPUs JSON '
     'MIM NaN NEON NMS NumPy oneDNN ONNX RGB RoI RoIAlign TF32 TOOD TorchScript'
 )
+NAMES = ('mmcv', 'mmdcn', 'mmdet', 'mmseg', 'oneDNN', 'opcheck', 'vmap')  # which begin with a small letter
 SPELLINGS = {word.lower(): word for word in WORDS.split()} | {
     'mmcvs': "mmcv's",
     'mmdets': "mmdet's",
@@ -31,28 +32,30 @@ class Promise(NamedTuple):
     devices: str
 
 
+def as_prose(name: str) -> str:
+    """Turn the name of a test, or of a file of tests, into prose."""
+    words = ' '.join(SPELLINGS.get(word, word) for word in name.removeprefix('test_').split('_'))
+    return words if words.startswith(NAMES) else words[0].upper() + words[1:]
+
+
 def find_promises(path: Path) -> Iterator[Promise]:
     """Find the tests of a file, in its order."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith('test_'):
-            words = [SPELLINGS.get(word, word) for word in node.name.removeprefix('test_').split('_')]
-            sentence = ' '.join(words)
-            if not sentence.startswith(('mmcv', 'mmdcn', 'mmdet', 'mmseg', 'vmap', 'opcheck')):
-                sentence = sentence[0].upper() + sentence[1:]
             details = (ast.get_docstring(node) or '').split('\n\n')[0].replace('\n', ' ')
             devices = 'CPU, CUDA' if 'device' in [argument.arg for argument in node.args.args] else ''
-            yield Promise(node.name, sentence, details, devices)
+            yield Promise(node.name, as_prose(node.name), details, devices)
 
 
 def tables() -> Iterator[str]:
     """Yield the lines of Markdown: a section for each file of tests."""
-    for path in sorted((ROOT / 'tests').glob('test_*.py')):
+    operators_first = ('test_deform_', 'test_reference_')
+    for path in sorted((ROOT / 'tests').glob('test_*.py'), key=lambda p: (not p.stem.startswith(operators_first), p)):
         promises = list(find_promises(path))
         if not promises:
             continue
-        title = path.stem.removeprefix('test_').replace('_', ' ')
         about = re.sub(r'\s+', ' ', (ast.get_docstring(ast.parse(path.read_text())) or '').split('\n\n')[0])
-        yield from (f'\n## {title[0].upper() + title[1:]}\n', about, f'\n[tests/{path.name}](../tests/{path.name})\n')
+        yield from (f'\n## {as_prose(path.stem)}\n', about, f'\n[tests/{path.name}](../tests/{path.name})\n')
         yield from ('| Promise | Runs on |', '|---|---|')
         for promise in promises:
             promised = f'**{promise.sentence}.** {promise.details}' if promise.details else f'{promise.sentence}.'
