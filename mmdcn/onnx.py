@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import BOOL, INT64, evaluator
-from onnxscript import opset19 as op
+from onnxscript import BOOL, INT64, evaluator, opset19
+
+op: Any = opset19  # whose annotations know nothing of the lists and numbers that the exporter makes constants of
 
 
 def _deform_conv2d(

@@ -24,16 +24,8 @@ def _decode_gfl(head: Any, level: int, priors: Tensor, predicted: Tensor) -> Ten
     return head.bbox_coder.decode(head.anchor_center(priors), distances, max_shape=None)
 
 
-def _decode_tood(head: Any, level: int, priors: Tensor, predicted: Tensor) -> Tensor:
-    return predicted * head.prior_generator.strides[level][0]
-
-
 def _decode_reppoints(head: Any, level: int, priors: Tensor, predicted: Tensor) -> Tensor:
     return head._bbox_decode(priors, predicted, head.point_strides[level], (inf, inf))
-
-
-def _decode_fovea(head: Any, level: int, priors: Tensor, predicted: Tensor) -> Tensor:
-    return head._bbox_decode(priors, predicted, head.base_edge_list[level], (inf, inf))
 
 
 # By the method of mmdet that does the same for one image.
@@ -41,9 +33,7 @@ _DECODERS: dict[Callable, Decode] = {
     BaseDenseHead._predict_by_feat_single: _decode,
     dense_heads.RPNHead._predict_by_feat_single: _decode,
     dense_heads.GFLHead._predict_by_feat_single: _decode_gfl,
-    dense_heads.TOODHead._predict_by_feat_single: _decode_tood,
     dense_heads.RepPointsHead._predict_by_feat_single: _decode_reppoints,
-    dense_heads.FoveaHead._predict_by_feat_single: _decode_fovea,
 }
 
 
@@ -117,8 +107,6 @@ def _of_level(
 
 def _scores(head: Any, classes: Tensor) -> Tensor:  # [B, N, classes]
     classes = classes.permute(0, 2, 3, 1).reshape(classes.shape[0], -1, head.cls_out_channels)
-    if isinstance(head, dense_heads.TOODHead):
-        return classes
     return classes.sigmoid() if head.use_sigmoid_cls else classes.softmax(-1)[..., :-1]
 
 

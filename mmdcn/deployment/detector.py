@@ -27,7 +27,7 @@ class Detector(nn.Module):
         ValueError: If its `test_cfg` asks for another suppression than `nms`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         predict = type(model).predict
         if predict is detectors.SingleStageDetector.predict:
@@ -43,7 +43,7 @@ class Detector(nn.Module):
                 f'{type(model).__name__} cannot be exported; detectors whose `predict` is that of '
                 'SingleStageDetector or TwoStageDetector can'
             )
-        self.model: Any = model
+        self.model = model
 
     def forward(
         self,

@@ -49,7 +49,7 @@ def distances(first: InstanceData, second: InstanceData) -> Tensor:
         For each detection of either, [N + M], how far the nearest of the other with the same label is: the largest
         difference of a coordinate, in pixels, or of the scores. Infinite if there is none.
     """
-    rows = [torch.cat([found.bboxes, found.scores[:, None]], dim=1) for found in (first, second)]
-    apart = torch.cdist(*rows, p=torch.inf)
+    rows, columns = (torch.cat([found.bboxes, found.scores[:, None]], dim=1) for found in (first, second))
+    apart = torch.cdist(rows, columns, p=torch.inf)
     apart = F.pad(apart.masked_fill(first.labels[:, None] != second.labels, torch.inf), (0, 1, 0, 1), value=torch.inf)
     return torch.cat([apart.amin(1)[:-1], apart.amin(0)[:-1]])

@@ -7,7 +7,7 @@ from typing import Any
 import mmcv.ops
 import torch
 from mmdet.models import roi_heads
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdcn import modules, ops
 from mmdcn.deployment.dense_heads import clip
@@ -104,5 +104,5 @@ def _pool(layer: Any, maps: Tensor, rois: Tensor) -> Tensor:
     return ops.deform_roi_pool(maps, rois, None, layer.output_size, layer.spatial_scale, layer.sampling_ratio)
 
 
-def _is_aligned_mean(layer: nn.Module) -> bool:
+def _is_aligned_mean(layer: Any) -> bool:
     return type(layer) is mmcv.ops.RoIAlign and layer.aligned and layer.pool_mode == 'avg'
