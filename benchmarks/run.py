@@ -28,7 +28,7 @@ Results = dict[str, dict[str, Row]]  # by mode and case
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool'], help='what to measure')
+    parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool', 'nms'], help='what to measure')
     parser.add_argument('--cases', nargs='+', default=[], help='groups of shapes, or "all"; none: the first group')
     parser.add_argument('--candidates', nargs='+', metavar='NAME', help='measure only those whose names begin so')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -159,7 +159,9 @@ def measure_group(
     operator: ModuleType, group: str, args: argparse.Namespace, facts: dict[str, str], path: Path
 ) -> dict[str, str]:
     """Measure every mode and case of a group into a file; give who could not run, and why."""
-    modes = {'forward': operator.forward_candidates, 'forward + backward': operator.training_candidates}
+    modes = {'forward': operator.forward_candidates}
+    if hasattr(operator, 'training_candidates'):
+        modes['forward + backward'] = operator.training_candidates
     results: Results = {mode: {} for mode in modes}
     skipped: dict[str, str] = {}
     wall = args.device == 'cpu' or group in operator.WALL_GROUPS

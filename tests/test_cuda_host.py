@@ -175,14 +175,14 @@ def test_deform_roi_pool_equals_the_cpu(
     settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
     arguments = (images, call.rois, call.offset)
     _compare(
-        [ops.deform_roi_pool(*arguments, call.output_size, *settings) for ops in (host, torch.ops.mmdcn)],
+        [ops.deform_roi_pool(*arguments, call.output_size, *settings, call.aligned) for ops in (host, torch.ops.mmdcn)],
         TOLERANCES[dtype],
     )
     grad_output = roi_pool.draw_grad_output(call)
     for needed, deterministic in product(((True, True), (True, False), (False, True)), (False, True)):
         needed = (needed[0], needed[1] and call.offset is not None)
         gradients = (
-            ops.deform_roi_pool_backward(grad_output, *arguments, *settings, needed, deterministic)
+            ops.deform_roi_pool_backward(grad_output, *arguments, *settings, needed, deterministic, call.aligned)
             for ops in (host, torch.ops.mmdcn)
         )
         for pair in zip(*gradients, strict=True):

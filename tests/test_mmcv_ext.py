@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """mmdcn.openmmlab.mmcv_ext: mmcv's operators on mmdcn, by definitions and by mmcv's compiled functions."""
 
+import math
+import re
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -118,9 +121,6 @@ def test_roi_align_and_its_gradient_are_those_of_mmcv(
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda m, name=name: f'{name}: {m}')
 
 
-GEOMETRY = dict(stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, offset_groups=3)
-
-
 def draw_convolution() -> dict[str, Tensor]:
     return dict(
         input=randn(2, 6, 9, 8), weight=randn(4, 3, 3, 2), offset=randn(2, 36, 5, 10), mask=randn(2, 18, 5, 10),
@@ -181,8 +181,6 @@ def test_modulated_deform_conv_and_its_gradients_are_those_of_mmcv(with_bias: bo
 
 @mmcv_ops
 def test_it_has_every_name_that_mmcv_asks_for_and_takes_the_same_arguments() -> None:
-    import re
-
     for name, function in vars(compiled()).items():
         if not name.startswith('_') and name in vars(mmcv_ext):
             names = re.findall(r'(\w+): ', function.__doc__.split(' ->')[0])
@@ -260,6 +258,13 @@ def test_gradients_are_added_to_what_is_there(device: str) -> None:
     torch.testing.assert_close(further, fresh + 1)
 
 
+def edges(low: float, high: float, number: int, bins: int, size: int) -> range:
+    """Give the pixels of one of RoIPool's bins along an axis at scale 1/4."""
+    length, start = (high + 1 - low) / 4 / bins, low / 4
+    first, end = math.floor(number * length + start), math.ceil((number + 1) * length + start)
+    return range(*(min(max(edge, 0), size) for edge in (first, end)))
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16], ids=str)
 def test_roi_pool_gives_the_largest_pixel_of_each_bin_and_its_gradient_to_it(dtype: torch.dtype, device: str) -> None:
     input = randn(2, 3, 5, 9).to(device, dtype)
@@ -267,36 +272,22 @@ def test_roi_pool_gives_the_largest_pixel_of_each_bin_and_its_gradient_to_it(dty
     rois = draw_rois(7).round().to(device, dtype)
     output = input.new_zeros(7, 3, 3, 2)
     argmax = torch.zeros_like(output, dtype=torch.int32)
-    mmcv_ext.roi_pool_forward(input, rois, output, argmax, pooled_height=3, pooled_width=2, spatial_scale=0.25)
+    settings = dict(pooled_height=3, pooled_width=2, spatial_scale=0.25)
+    mmcv_ext.roi_pool_forward(input, rois, output, argmax, **settings)
     grad_input, grad_output = torch.zeros_like(input), torch.ones_like(output)
-    mmcv_ext.roi_pool_backward(
-        grad_output, rois, argmax, grad_input, pooled_height=3, pooled_width=2, spatial_scale=0.25
-    )
-    expected, gradient = torch.zeros_like(output), torch.zeros_like(input)
-    for n, (image, x1, y1, x2, y2) in enumerate(rois.tolist()):
-        for row in range(3):
-            for column in range(2):
-                y, x = (
-                    slice(
-                        *(
-                            min(max(edge, 0), size)
-                            for edge in (
-                                int((number * (high + 1 - low) / 4 / bins + low / 4) // 1),
-                                -int(-((number + 1) * (high + 1 - low) / 4 / bins + low / 4) // 1),
-                            )
-                        )
-                    )
-                    for number, low, high, bins, size in ((row, y1, y2, 3, 5), (column, x1, x2, 2, 9))
-                )
-                patch = input[int(image), :, y, x].flatten(1)
-                for channel in range(3 if patch.shape[1] else 0):
-                    expected[n, channel, row, column] = patch[channel].max()
-                    first = int(patch[channel].argmax())
-                    wide = x.stop - x.start
-                    gradient[int(image), channel, y.start + first // wide, x.start + first % wide] += 1
-    assert torch.equal(output, expected)
-    assert torch.equal(grad_input, gradient)
-    assert (argmax == -1).sum() == (argmax.new_zeros(()) == expected).logical_and(argmax == -1).sum()
+    mmcv_ext.roi_pool_backward(grad_output, rois, argmax, grad_input, **settings)
+    expected, places, gradient = torch.zeros_like(output), torch.full_like(argmax, -1), torch.zeros_like(input)
+    for n, channel, row, column in product(*map(range, output.shape)):
+        image, x1, y1, x2, y2 = rois[n].tolist()
+        pixels = list(product(edges(y1, y2, row, 3, 5), edges(x1, x2, column, 2, 9)))
+        if pixels:
+            y, x = max(pixels, key=lambda at, plane=input[int(image), channel]: plane[at].item())
+            expected[n, channel, row, column] = input[int(image), channel, y, x]
+            places[n, channel, row, column] = y * 9 + x
+            gradient[int(image), channel, y, x] += 1
+    assert -1 in places
+    for actual, wanted in ((output, expected), (argmax, places), (grad_input, gradient)):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16], ids=str)
@@ -358,6 +349,26 @@ def test_deformable_roi_pooling_is_that_of_mmdcn(device: str) -> None:
     torch.testing.assert_close(output_without, ops.deform_roi_pool(input, rois, None, (3, 2), 0.25, 2))
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, (input, offset), grad_output), strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_multi_scale_attention_and_its_gradients_are_those_of_mmcv_s_plain_torch(device: str) -> None:
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    sizes = torch.tensor([[5, 4], [3, 2]], device=device)
+    value = randn(2, 26, 3, 4).to(device).requires_grad_()
+    places = (0.5 + 0.4 * randn(2, 7, 3, 2, 5, 2)).to(device).requires_grad_()
+    weights = randn(2, 7, 3, 2, 5).to(device).requires_grad_()
+    expected = multi_scale_deformable_attn_pytorch(value, sizes, places, weights)
+    grad_output = randn(*expected.shape).to(device)
+    first = torch.tensor([0, 20], device=device)
+    gradients = [torch.zeros_like(tensor) for tensor in (value, places, weights)]
+    with torch.no_grad():
+        actual = mmcv_ext.ms_deform_attn_forward(value, sizes, first, places, weights, im2col_step=64)
+        mmcv_ext.ms_deform_attn_backward(value, sizes, first, places, weights, grad_output, *gradients, im2col_step=64)
+    torch.testing.assert_close(actual, expected)
+    wanted = torch.autograd.grad(expected, (value, places, weights), grad_output)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_function_that_mmdcn_lacks_is_there_and_says_how_to_compile_it() -> None:

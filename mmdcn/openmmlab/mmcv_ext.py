@@ -24,6 +24,8 @@ from mmdcn.openmmlab.mmcv_ext_deformable import (  # noqa: F401
     deform_roi_pool_forward,
     modulated_deform_conv_backward,
     modulated_deform_conv_forward,
+    ms_deform_attn_backward,
+    ms_deform_attn_forward,
 )
 from mmdcn.ops.deform_roi_pool import _pool, _pool_backward
 from mmdcn.ops.nms import METHODS

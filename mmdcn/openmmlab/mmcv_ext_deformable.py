@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmdcn.ops._arguments import allow_tf32
 from mmdcn.ops.deform_conv2d import _convolve, _convolve_backward
@@ -221,3 +222,50 @@ def deform_roi_pool_backward(
     grad_input.add_(gradients[0])
     if moves:
         grad_offset.add_(gradients[1])
+
+
+def ms_deform_attn_forward(
+    value: Tensor,  # [B, K, M, D], M heads of D channels at the K pixels of all levels
+    value_spatial_shapes: Tensor,  # [L, 2], (height, width) of each level
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,  # [B, Q, M, L, P, 2], (x, y) as a share of the level's size
+    attention_weights: Tensor,  # [B, Q, M, L, P]
+    im2col_step: int,
+) -> Tensor:  # [B, Q, M*D]
+    """Attend to P samples of each level (Zhu et al., Deformable DETR, ICLR 2021, section 4.1)."""
+    batch, _, heads, _ = value.shape
+    pixels = value.permute(0, 2, 3, 1).flatten(0, 1)  # [B*M, D, K]
+    places = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # [B*M, Q, L, P, 2]
+    shares = attention_weights.transpose(1, 2).flatten(0, 1)[:, None]  # [B*M, 1, Q, L, P]
+    sizes = value_spatial_shapes.tolist()
+    levels = pixels.split([height * width for height, width in sizes], 2)
+    attended = []
+    for number, (level, size) in enumerate(zip(levels, sizes, strict=True)):
+        samples = F.grid_sample(level.unflatten(2, size), places[:, :, number], align_corners=False)
+        attended.append((samples * shares[:, :, :, number]).sum(3))  # [B*M, D, Q]
+    return torch.stack(attended).sum(0).unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Add the gradients of values, places and weights."""
+    value, places, weights = (
+        tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)
+    )
+    with torch.enable_grad():
+        output = ms_deform_attn_forward(
+            value, value_spatial_shapes, value_level_start_index, places, weights, im2col_step
+        )
+    gradients = torch.autograd.grad(output, (value, places, weights), grad_output)
+    for target, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
+        target.add_(gradient)
