@@ -107,11 +107,39 @@ def _check(
     dilation: Pair,
     mask: Tensor | None,
 ) -> tuple[int, int]:
-    """Check every argument, and give the number of weight groups and of offset groups."""
+    """Check every argument, and return the number of weight groups and of offset groups."""
     check_floating(input, 'input', 4, '[B, C_in, H, W]')
     check_floating(weight, 'weight', 4, '[C_out, C_in/groups, kh, kw]')
     check_floating(offset, 'offset', 4, '[B, 2*G*K, H_out, W_out]')
-    batch, channels, height, width = input.shape
+    groups, offset_groups = _check_groups(input, offset, weight)
+    height, width = input.shape[2:]
+    kernel_height, kernel_width = weight.shape[2:]
+    out_size = _output_size(input, weight, stride, padding, dilation)
+    check(
+        out_size[0] > 0 and out_size[1] > 0,
+        lambda: (
+            f'input must be large enough for a {kernel_height} x {kernel_width} kernel with padding {padding} and '
+            f'dilation {dilation}; the output would be empty, got {height} x {width} pixels'
+        ),
+    )
+    samples = offset_groups * kernel_height * kernel_width
+    check_shape(offset, 'offset', '[B, 2*G*K, H_out, W_out]', input.shape[0], 2 * samples, *out_size)
+    check_like(weight, 'weight', input, input.dtype)
+    check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
+    if mask is not None:
+        check_floating(mask, 'mask', 4, '[B, G*K, H_out, W_out]')
+        check_shape(mask, 'mask', '[B, G*K, H_out, W_out]', input.shape[0], samples, *out_size)
+        check_like(mask, 'mask', input, offset.dtype)
+    if bias is not None:
+        check_floating(bias, 'bias', 1, '[C_out]')
+        check_shape(bias, 'bias', '[C_out]', weight.shape[0])
+        check_like(bias, 'bias', input, input.dtype)
+    return groups, offset_groups
+
+
+def _check_groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Check that channels divide into groups, and return the number of weight groups and of offset groups."""
+    _, channels, height, width = input.shape
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
     check(
         channels * height * width > 0,
@@ -146,32 +174,6 @@ def _check(
             f'got {offset.shape[1]} channels, {offset_groups} offset groups'
         ),
     )
-    out_size = _output_size(input, weight, stride, padding, dilation)
-    check(
-        out_size[0] > 0 and out_size[1] > 0,
-        lambda: (
-            f'input must be large enough for a {kernel_height} x {kernel_width} kernel with padding {padding} and '
-            f'dilation {dilation}; the output would be empty, got {height} x {width} pixels'
-        ),
-    )
-    check_shape(offset, 'offset', '[B, 2*G*K, H_out, W_out]', batch, 2 * offset_groups * taps, *out_size)
-    check_like(weight, 'weight', input, input.dtype)
-    check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
-    if mask is not None:
-        check_floating(mask, 'mask', 4, '[B, G*K, H_out, W_out]')
-        check_shape(
-            mask,
-            'mask',
-            '[B, G*K, H_out, W_out]',
-            batch,
-            offset_groups * taps,
-            *out_size,
-        )
-        check_like(mask, 'mask', input, offset.dtype)
-    if bias is not None:
-        check_floating(bias, 'bias', 1, '[C_out]')
-        check_shape(bias, 'bias', '[C_out]', out_channels)
-        check_like(bias, 'bias', input, input.dtype)
     return groups, offset_groups
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmdcn.reference.conv2d import IntPair, output_shape, pair
+from mmdcn.reference.geometry import IntPair, output_shape, pair
 
 
 class Cell(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmdcn.reference.conv2d import IntPair, pair
 from mmdcn.reference.deform_conv2d import widen
+from mmdcn.reference.geometry import IntPair, pair
 
 
 class Factors(NamedTuple):
