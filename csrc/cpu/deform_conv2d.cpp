@@ -88,14 +88,17 @@ DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const
   const Tensor grad_mask = empty_gradient(output_mask[2], mask.value_or(offset), type);
   const Tensor grad_weight = empty_gradient(output_mask[3], weight, weight.scalar_type());
 
-  dispatch_compute(type, [&](auto zero) {
-    using T = decltype(zero);
+  const bool in_bfloat16 = input.scalar_type() == ScalarType::BFloat16 && groups == 1 && has_bfloat16_product();
+  const ScalarType product_type = in_bfloat16 ? ScalarType::BFloat16 : type;
+  dispatch_product(product_type, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using T = compute_t<scalar_t>;
     const bool copies_grad_input = output_mask[0] && !is_nhwc_matrix(grad_input, type);
     const bool copies = copies_grad_input || !is_nhwc_rows(input, type) || offset.scalar_type() != type;
     const ImageBatch step = image_batch(g, copies, /*may_split=*/true, sizeof(T));
     for (int64_t begin = 0; begin < g.in_channels; begin += step.channels) {
       const ChannelRange channels{begin, std::min(begin + step.channels, g.in_channels)};
-      ConvBackward<T> backward(g, channels, weight, output_mask, type);
+      ConvBackward<scalar_t> backward(g, channels, weight, output_mask, type);
       const Tensor part = slice(input, 1, begin, channels.size());
       for (int64_t first = 0; first < g.batch; first += step.images) {
         const int64_t count = std::min(step.images, g.batch - first);
@@ -106,8 +109,9 @@ DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const
         const Rows<T> grad_rows{sum, static_cast<T*>(sum.data_ptr()),
                                 copies_grad_input ? channels.size() : g.in_channels};
         const int64_t samples = first * g.samples_per_position() * g.positions();
-        backward.run(sample_plan<T>(g, offset, mask, type, first, count), nhwc_rows<T>(part, first, count, type),
-                     grad_rows, slice(grad_output, 0, first, count),
+        backward.run(sample_plan<T>(g, offset, mask, type, first, count),
+                     nhwc_rows<scalar_t>(part, first, count, product_type), grad_rows,
+                     slice(grad_output, 0, first, count),
                      output_mask[1] ? static_cast<T*>(grad_offset.data_ptr()) + 2 * samples : nullptr,
                      output_mask[2] ? static_cast<T*>(grad_mask.data_ptr()) + samples : nullptr);
         if (copies_grad_input) torch::stable::copy_(target, sum);

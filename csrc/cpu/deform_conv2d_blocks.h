@@ -9,6 +9,7 @@
 #include "../core/conv_geometry.h"
 #include "../core/dispatch.h"
 #include "../core/stable_ops.h"
+#include "bfloat16_product.h"
 #include "deform_conv2d_plan.h"
 #include "matrix_product.h"
 
@@ -77,6 +78,24 @@ struct ChannelBlock : ChannelRange {
  private:
   int64_t vector_stride(const BlockWeight<T>& part) const { return groups.size() > 1 ? this->size() : part.lanes; }
 };
+
+// The weights of a block of one group in bfloat16: [C_out in pairs, K * channels].
+inline std::unique_ptr<BFloat16Pair[]> weight_pairs(const ConvGeometry& g, const ChannelBlock<float>& block) {
+  const PackedMatrix<float>& weight = block.groups[0].weight;
+  const int64_t columns = block.column_stride, rows = g.group_out_channels();
+  auto pairs = std::make_unique_for_overwrite<BFloat16Pair[]>((rows + 1) / 2 * columns);
+  for (int64_t row = 0; row < rows; row += 2) {
+    for (int64_t first = 0; first < columns; first += weight.panel_columns()) {
+      const int64_t count = std::min(weight.panel_columns(), columns - first);
+      const float *even = &weight.at(row, first), *odd = row + 1 < rows ? &weight.at(row + 1, first) : nullptr;
+      BFloat16Pair* pair = pairs.get() + row / 2 * columns + first;
+      for (int64_t column = 0; column < count; ++column) {
+        pair[column] = bfloat16_pair(even[column], odd ? odd[column] : 0.0f);
+      }
+    }
+  }
+  return pairs;
+}
 
 // Where a block that begins at a channel ends.
 inline int64_t block_end(const ConvGeometry& g, int64_t begin, int64_t channels_end) {
