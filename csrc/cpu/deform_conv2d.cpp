@@ -27,7 +27,6 @@
 
 #include "../core/dispatch.h"
 #include "../core/nhwc.h"
-#include "../core/readable_errors.h"
 #include "bounded_copies.h"
 #include "deform_conv2d_backward.h"
 #include "deform_conv2d_forward.h"
@@ -54,13 +53,8 @@ ScalarType multiply_type(ScalarType storage, const ConvGeometry& g) {
   return storage == ScalarType::BFloat16 && g.groups == 1 && Linear::packs(storage) ? storage : compute_type(storage);
 }
 
-Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask, const Tensor& weight,
-                     const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                     int64_t offset_groups, bool /*allow_tf32: there is none*/) {
-  const ConvGeometry g =
-      deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
-  check_bias(bias, input, g.out_channels);
+Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& bias) {
+  const auto& [g, input, offset, mask, weight, allow_tf32] = call;  // there is no TF32 on a CPU
   const Tensor output = torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(),
                                              std::nullopt, input.device(), std::nullopt, memory_format(input));
   const ScalarType type = compute_type(input.scalar_type()), product_type = multiply_type(input.scalar_type(), g);
@@ -84,15 +78,10 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const std::optio
   return output;
 }
 
-DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
-                                             const std::optional<Tensor>& mask, const Tensor& weight,
-                                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                             const std::vector<int64_t>& dilation, int64_t groups,
-                                             int64_t offset_groups, const std::vector<bool>& output_mask,
-                                             bool /*deterministic: always*/, bool /*allow_tf32: there is none*/) {
-  const ConvGeometry g =
-      deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
-  check_backward(grad_output, input, mask, output_mask, g);
+// The sums are made in an order that never changes, so that `deterministic` asks for nothing more.
+DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const Tensor& grad_output,
+                                             const std::vector<bool>& output_mask, bool /*deterministic*/) {
+  const auto& [g, input, offset, mask, weight, allow_tf32] = call;
   const ScalarType type = compute_type(input.scalar_type());
   Tensor grad_input = empty_gradient(output_mask[0], input, input.scalar_type(), memory_format(input));
   const Tensor grad_offset = empty_gradient(output_mask[1], offset, type);
@@ -132,9 +121,6 @@ DeformConv2dGradients deform_conv2d_backward(const Tensor& grad_output, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmdcn, CPU, m) {
-  m.impl("deform_conv2d", TORCH_BOX(&Readable<&deform_conv2d>::call));
-  m.impl("deform_conv2d_backward", TORCH_BOX(&Readable<&deform_conv2d_backward>::call));
-}
+MMDCN_CPU_KERNELS(library) { DeformConv2dKernels<&deform_conv2d, &deform_conv2d_backward>::add_to(library); }
 
 }  // namespace mmdcn

@@ -16,7 +16,6 @@
 
 #include "../core/dispatch.h"
 #include "../core/nhwc.h"
-#include "../core/readable_errors.h"
 #include "bounded_copies.h"
 
 namespace mmdcn {
@@ -156,11 +155,8 @@ void pool(const PlannedRoI<T>& roi, int64_t bin, const Rows<T>& rows, int64_t wi
   }
 }
 
-Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
-                       const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
-                       double gamma) {
-  const RoIGeometry g =
-      deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
+Tensor deform_roi_pool(const DeformRoIPoolCall& call) {
+  const auto& [g, input, rois, offset] = call;
   const Tensor output = torch::stable::empty({g.rois, g.channels, g.out_height, g.out_width}, input.scalar_type(),
                                              std::nullopt, input.device(), std::nullopt, memory_format(input));
   const int64_t roi_stride = output.stride(0), channel_stride = output.stride(1), bin_stride = output.stride(3);
@@ -290,14 +286,9 @@ class Backward {
   std::vector<ShiftGradient<T>> shift_gradients_;  // [blocks, regions of the part, P]
 };
 
-DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
-                                                const std::optional<Tensor>& offset, double spatial_scale,
-                                                int64_t sampling_ratio, double gamma,
-                                                const std::vector<bool>& output_mask,
-                                                bool /*deterministic*/) {  // always
-  check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
-  const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
-                                                 spatial_scale, sampling_ratio, gamma);
+DeformRoIPoolGradients deform_roi_pool_backward(const DeformRoIPoolCall& call, const Tensor& grad_output,
+                                                const std::vector<bool>& output_mask) {
+  const auto& [g, input, rois, offset] = call;
   const ScalarType type = compute_type(input.scalar_type());
   Tensor grad_input = empty_gradient(output_mask[0], input, input.scalar_type(), memory_format(input));
   Tensor grad_offset = empty_gradient(output_mask[1], offset.value_or(rois), type);
@@ -328,9 +319,6 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmdcn, CPU, m) {
-  m.impl("deform_roi_pool", TORCH_BOX(&Readable<&deform_roi_pool>::call));
-  m.impl("deform_roi_pool_backward", TORCH_BOX(&Readable<&deform_roi_pool_backward>::call));
-}
+MMDCN_CPU_KERNELS(library) { DeformRoIPoolKernels<&deform_roi_pool, &deform_roi_pool_backward>::add_to(library); }
 
 }  // namespace mmdcn
