@@ -132,7 +132,7 @@ class Step:
         return ', '.join(f'{count} {outcome}' for outcome, count in list(self.counts.items()))
 
     def record(self) -> dict[str, Any]:
-        """Give what is kept of it; `read` may go on meanwhile."""
+        """Return what is kept of it; `read` may go on meanwhile."""
         ended_well = self.status in ('passed', 'running')
         return {
             'name': self.name,
@@ -285,7 +285,7 @@ def read_sanitizer(step: Step, log: Path) -> None:
 
 
 def sanitizer_errors(log: str) -> tuple[list[str], list[str]]:
-    """Give the reports of compute-sanitizer's log that name a kernel of mmdcn, and the others, each in one line."""
+    """Return the reports of compute-sanitizer's log that name a kernel of mmdcn, and the others, each in one line."""
     ours, others = [], []
     for block in re.split(r'^=========\s*$', log, flags=re.MULTILINE):
         lines = [line.removeprefix('=========').strip() for line in block.splitlines()]

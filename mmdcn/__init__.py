@@ -15,11 +15,29 @@ from mmdcn import nn, ops, reference
 from mmdcn.version import __version__
 
 if TYPE_CHECKING:
-    from mmdcn import apis, checkpoints, datasets, engine, models, modules, onnx, registry, utils, visualization
+    from mmdcn import (
+        apis,
+        checkpoints,
+        datasets,
+        deployment,
+        engine,
+        models,
+        modules,
+        onnx,
+        registry,
+        utils,
+        visualization,
+    )
     from mmdcn.apis import DetInferencer
     from mmdcn.checkpoints import layouts, zoo
     from mmdcn.datasets import LoadImageFromFile
-    from mmdcn.engine import DCNOptimWrapperConstructor, EpochSeedHook, FSDPStrategy
+    from mmdcn.engine import (
+        AmpOptimWrapper,
+        DCNOptimWrapperConstructor,
+        EpochSeedHook,
+        FSDPStrategy,
+        OffsetVisualizationHook,
+    )
     from mmdcn.models.fuse_conv_bn import fuse_conv_bn
     from mmdcn.models.resnet import ResNet, ResNetV1d
     from mmdcn.models.roi_extractor import SingleRoIExtractor
@@ -40,6 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'DCN',
+    'AmpOptimWrapper',
     'DCNOptimWrapperConstructor',
     'DCNv2',
     'DeformConv2d',
@@ -54,6 +73,7 @@ __all__ = [
     'ModulatedDeformConv2d',
     'ModulatedDeformConv2dPack',
     'ModulatedDeformRoIPoolPack',
+    'OffsetVisualizationHook',
     'ResNet',
     'ResNetV1d',
     'SingleRoIExtractor',
@@ -62,6 +82,7 @@ __all__ = [
     'checkpoints',
     'convert_model',
     'datasets',
+    'deployment',
     'engine',
     'fuse_conv_bn',
     'layouts',
@@ -81,11 +102,13 @@ __all__ = [
 
 # Where the names lie that are imported when they are first used; the others are modules of this package.
 _HOMES = {
+    'AmpOptimWrapper': 'mmdcn.engine',
     'DCNOptimWrapperConstructor': 'mmdcn.engine',
     'DetInferencer': 'mmdcn.apis',
     'EpochSeedHook': 'mmdcn.engine',
     'FSDPStrategy': 'mmdcn.engine',
     'LoadImageFromFile': 'mmdcn.datasets',
+    'OffsetVisualizationHook': 'mmdcn.engine',
     'ResNet': 'mmdcn.models.resnet',
     'ResNetV1d': 'mmdcn.models.resnet',
     'SingleRoIExtractor': 'mmdcn.models.roi_extractor',

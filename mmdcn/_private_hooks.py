@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 # What is used, and what breaks without it.
 HOOKS = {
@@ -35,6 +37,10 @@ HOOKS = {
         'all the rest'
     ),
     'torch.utils._pytree.tree_leaves': 'SamplingRecorder for models that take their images within lists or dicts',
+    'torch.utils._pytree.tree_map': 'AmpOptimWrapper on a CPU, which changes tensors within lists',
+    'torch.utils._python_dispatch.TorchDispatchMode': 'the grids of feature maps, which follow each operator',
+    'torch._inductor.aoti_compile_and_package': 'export_aoti: torch documents it under this name alone',
+    'torch._inductor.aoti_load_package': 'mmdcn.deployment.load: torch documents it under this name alone',
     'torch.cpu._is_avx2_supported': 'the choice of the CPU library where torch has no torch.cpu.get_capabilities',
     'torch.cpu._is_avx512_supported': 'the choice of the CPU library where torch has no torch.cpu.get_capabilities',
     'torch.nn.Module._load_from_state_dict': (
@@ -78,6 +84,17 @@ def below_autograd() -> AbstractContextManager[Any]:
 def apply_quickly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Apply an autograd function outside all transforms."""
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def compile_package(exported: Any, path: str, metadata: dict[str, str]) -> None:
+    """Compile an exported program by AOTInductor to a file with metadata."""
+    settings = {'aot_inductor.metadata': metadata}
+    torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=settings)
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """Load what `compile_package` has written."""
+    return torch._inductor.aoti_load_package(path)
 
 
 def has_avx2() -> bool:

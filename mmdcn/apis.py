@@ -20,7 +20,7 @@ class DetInferencer(mmdet.apis.DetInferencer):
     The other arguments, and those of a call, are mmdet's.
 
     Raises:
-        mmdcn.zoo.ZooError: If the zoo has no such model, or its weights are not to be had.
+        mmdcn.zoo.ZooError: If the zoo has no such model, or its weights cannot be found or fetched.
     """
 
     def _load_model_from_metafile(self, model: str) -> tuple[Config, str]:

@@ -27,7 +27,7 @@ class FSDPStrategy(fsdp.FSDPStrategy):
         return super()._wrap_model(model)
 
     def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the optimizer's state. mmengine calls torch with the arguments of old, in their old order."""
+        """Load the optimizer's state. mmengine passes torch's arguments in the order of an older torch."""
         optimizer = self.optim_wrapper.optimizer
         state_dict = fsdp.FSDP.optim_state_dict_to_load(self.model, optimizer, optim_state_dict=state_dict)
         self.optim_wrapper.load_state_dict(state_dict)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector needs around the operators."""
+"""Parts of detectors: backbones, RoI extractors, fusion for inference."""
 
 from importlib.util import find_spec
 
