@@ -53,22 +53,6 @@ inline Tensor for_worker(const Tensor& self) {
   return torch::stable::from_blob(self.data_ptr(), self.sizes(), self.strides(), self.device(), self.scalar_type());
 }
 
-// Products, in the types of their factors: autocast would round those of the forms without `out`.
-inline Tensor mm(const Tensor& a, const Tensor& b) {
-  const Tensor out = torch::stable::empty({a.size(0), b.size(1)}, a.scalar_type(), std::nullopt, a.device());
-  return call_torch("aten::mm", "out", a, b, out);
-}
-
-inline Tensor bmm(const Tensor& a, const Tensor& b) {
-  const Tensor out = torch::stable::empty({a.size(0), a.size(1), b.size(2)}, a.scalar_type(), std::nullopt, a.device());
-  return call_torch("aten::bmm", "out", a, b, out);
-}
-
-inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Tensor out = torch::stable::empty({x.size(0), weight.size(0)}, x.scalar_type(), std::nullopt, x.device());
-  return call_torch("aten::linear", "out", x, weight, bias, out);
-}
-
 inline Tensor empty_matrix(const Tensor& like, torch::headeronly::ScalarType type, int64_t rows, int64_t columns) {
   return torch::stable::empty({rows, columns}, type, std::nullopt, like.device());
 }

@@ -10,17 +10,20 @@
 //
 // Backward: chunk by chunk of positions, the threads share the blocks of channels. A block owns its channels of
 // grad_input and of grad_weight, and leaves its share of grad_offset and grad_mask to be added up in the order of
-// the blocks. So no two threads write one address, and since neither tiles, chunks nor blocks depend on the number
-// of threads, neither do the bits of the result.
+// the blocks. So no two threads write one address.
+//
+// A number of a product is one chain of additions (matrix_product.h), in an order that neither tiles nor threads
+// change, and the blocks do not depend on the number of threads. So neither do the bits of the result.
 //
 // Images that are not NHWC in the right type are copied (bounded_copies.h). If one image is too large for that, the
 // products of some of its channels are added to those of the channels before.
 //
 // Types: T, float32 or float64, is that of the samples' sums. scalar_t is the type of the images' rows, the columns and
-// the products: bfloat16 where the processor multiplies in it (with float32 sums), else T.
+// the products: bfloat16 where the processor multiplies in it (with float32 sums) and there is one group, else T.
 //
 // deform_conv2d_plan.h says where the samples lie, deform_conv2d_sampling.h what is done with one of them,
-// deform_conv2d_forward.h and deform_conv2d_backward.h are the two algorithms, and linear.h has the products.
+// deform_conv2d_forward.h and deform_conv2d_backward.h are the two algorithms. The products are those of
+// matrix_product.h, or, in bfloat16, of linear.h.
 #include "../ops/deform_conv2d.h"
 
 #include <algorithm>
@@ -50,7 +53,7 @@ ImageBatch image_batch(const ConvGeometry& g, bool copies, bool may_split, int64
 
 // What is faster on this processor: the type itself, or the one that is computed in.
 ScalarType multiply_type(ScalarType storage, const ConvGeometry& g) {
-  return storage == ScalarType::BFloat16 && g.groups == 1 && Linear::packs(storage) ? storage : compute_type(storage);
+  return storage == ScalarType::BFloat16 && g.groups == 1 && Linear::is_available() ? storage : compute_type(storage);
 }
 
 Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& bias) {

@@ -11,7 +11,6 @@
 #include "../core/dispatch.h"
 #include "../core/nhwc.h"
 #include "cache.h"
-#include "deform_conv2d_matrices.h"
 #include "deform_conv2d_plan.h"
 #include "deform_conv2d_sampling.h"
 #include "group_weights.h"
@@ -43,7 +42,8 @@ class ConvForward {
       bias_.resize(g.out_channels, 0);
       if (bias) std::copy_n(data<const T>(contiguous_as(*bias, type)), g.out_channels, bias_.begin());
     } else {
-      const Tensor columns = torch::stable::reshape(tap_major(g, weight, type), {g.out_channels, -1});
+      const Tensor taps_first = permute(values_as(weight, type), {0, 2, 3, 1});
+      const Tensor columns = torch::stable::reshape(taps_first, {g.out_channels, g.taps() * g.in_channels});
       linear_.emplace(columns, bias ? std::optional(values_as(*bias, type)) : std::nullopt);
     }
   }
