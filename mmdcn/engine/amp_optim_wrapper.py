@@ -62,7 +62,7 @@ class AmpOptimWrapper(optim.AmpOptimWrapper):
             if not self.on_cpu:
                 yield
                 return
-            with register_module_forward_pre_hook(_extract_regions_in_float32):
+            with register_module_forward_pre_hook(_extract_regions_in_float32):  # type: ignore[arg-type]
                 yield
 
 
@@ -82,4 +82,4 @@ def _use_float32_in_mmcv() -> None:
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith('mmcv.ops.'):
             forward = torch.amp.custom_fwd(function.forward, device_type='cpu', cast_inputs=torch.float32)
-            function.forward = staticmethod(forward)
+            function.forward = staticmethod(forward)  # type: ignore[method-assign]
