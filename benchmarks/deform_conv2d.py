@@ -84,7 +84,7 @@ SMALL = (
 
 
 def low(dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
-    """Give the types of a low-precision layer on a GPU, whose offsets stay float32."""
+    """Return the types of a low-precision layer on a GPU, whose offsets stay float32."""
     return {'dtype': dtype, 'offset_dtype': torch.float32, **changes}
 
 
@@ -277,7 +277,7 @@ Candidate = tuple[Callable[[Inputs], Tensor], Inputs]
 
 
 def common_candidates(case: Case, device: str) -> dict[str, Candidate]:
-    """Give the functions, each with its inputs, whose forward and backward can be measured."""
+    """Return the functions, each with its inputs, whose forward and backward can be measured."""
     x = make_inputs(case, device)
     y = x.channels_last()
     candidates = {
@@ -298,7 +298,7 @@ def common_candidates(case: Case, device: str) -> dict[str, Candidate]:
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Give what builds each candidate's call."""
+    """Return what builds each candidate's call."""
     candidates = common_candidates(case, device)
     builds: dict[str, Build] = {name: partial(partial, *candidate) for name, candidate in candidates.items()}
     if device == 'cpu' and case.dtype == torch.float32:
