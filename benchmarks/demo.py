@@ -11,7 +11,7 @@ from pathlib import Path
 
 # As in tools/train.py.
 if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
-    os.environ['GOMP_SPINCOUNT'] = '10000'
+    os.environ['GOMP_SPINCOUNT'] = '3000'
 
 import torch
 from measure import Call, busy_loops, machine, measure

@@ -164,7 +164,7 @@ except ImportError:
 )  # fmt: skip
 @pytest.mark.parametrize(
     ('policy', 'count'),
-    [({}, '10000'), ({'GOMP_SPINCOUNT': '7'}, '7'), ({'OMP_WAIT_POLICY': 'PASSIVE'}, 'None')],
+    [({}, '3000'), ({'GOMP_SPINCOUNT': '7'}, '7'), ({'OMP_WAIT_POLICY': 'PASSIVE'}, 'None')],
     ids=['nothing', 'a count', 'a policy'],
 )
 def test_a_tool_sets_how_long_threads_spin_before_torch_is_imported_unless_the_user_has(
@@ -180,7 +180,7 @@ def test_a_tool_sets_how_long_threads_spin_before_torch_is_imported_unless_the_u
 def test_the_openmp_of_torch_takes_the_number_of_turns() -> None:
     env = {key: value for key, value in os.environ.items() if key not in WAITING} | {'OMP_DISPLAY_ENV': 'VERBOSE'}
     result = subprocess.run(command('train.py', '--help'), env=env, capture_output=True, text=True, check=True)
-    assert "GOMP_SPINCOUNT = '10000'" in result.stderr
+    assert "GOMP_SPINCOUNT = '3000'" in result.stderr
 
 
 def test_a_kill_while_the_last_checkpoint_is_noted_loses_none(tmp_path: Path) -> None:

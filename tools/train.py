@@ -9,7 +9,7 @@ from pathlib import Path
 # Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
 # reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
 if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
-    os.environ['GOMP_SPINCOUNT'] = '10000'
+    os.environ['GOMP_SPINCOUNT'] = '3000'
 
 from mmengine.config import Config
 

@@ -91,7 +91,7 @@ DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const
   const Tensor grad_mask = empty_gradient(output_mask[2], mask.value_or(offset), type);
   const Tensor grad_weight = empty_gradient(output_mask[3], weight, weight.scalar_type());
 
-  const bool in_bfloat16 = input.scalar_type() == ScalarType::BFloat16 && groups == 1 && has_bfloat16_product();
+  const bool in_bfloat16 = input.scalar_type() == ScalarType::BFloat16 && g.groups == 1 && has_bfloat16_product();
   const ScalarType product_type = in_bfloat16 ? ScalarType::BFloat16 : type;
   dispatch_product(product_type, [&](auto zero) {
     using scalar_t = decltype(zero);
