@@ -34,11 +34,11 @@ _LAZY = {
     'ResNet': 'mmdcn.models.resnet',
     'ResNetV1d': 'mmdcn.models.resnet',
     'SingleRoIExtractor': 'mmdcn.models.roi_extractor',
-    'convert_model': 'mmdcn.converting',
+    'convert_model': 'mmdcn.openmmlab.convert_model',
     'fuse_conv_bn': 'mmdcn.models.fuse_conv_bn',
     'layouts': 'mmdcn.checkpoints',
-    'patch_mmdet': 'mmdcn.patching',
-    'unpatch_mmdet': 'mmdcn.patching',
+    'patch_mmdet': 'mmdcn.openmmlab.switches',
+    'unpatch_mmdet': 'mmdcn.openmmlab.switches',
     'zoo': 'mmdcn.checkpoints',
 }
 _PACKAGES = (

@@ -277,17 +277,24 @@ def dyhead_of_a_config(switch: str, folder: Path) -> nn.Module:
     return nn.ModuleList([layer, *BY_IMPORT['DyHead'].build().modules()])
 
 
-@pytest.mark.parametrize('second', ['mmdcn.overrides', 'mmdcn.patched'])
-@pytest.mark.parametrize('first', ['mmdcn.overrides', 'mmdcn.patched'])
+@pytest.mark.parametrize('second', ['mmdcn.overrides', 'mmdcn.overrides_everywhere'])
+@pytest.mark.parametrize('first', ['mmdcn.overrides', 'mmdcn.overrides_everywhere'])
 def test_after_an_unpatch_each_further_config_switches_on_again(first: str, second: str, tmp_path: Path) -> None:
     for switch in (first, second, second):
         layers = [layer for layer in dyhead_of_a_config(switch, tmp_path).modules() if isinstance(layer, LAYERS)]
         ours = [type(layer).__module__.startswith('mmdcn') for layer in layers]
-        assert ours == [True] + [switch == 'mmdcn.patched'] * (len(ours) - 1)
+        assert ours == [True] + [switch == 'mmdcn.overrides_everywhere'] * (len(ours) - 1)
         assert len(ours) > 1
         mmdcn.unpatch_mmdet()
         plain = build_conv_layer(dict(type='DCNv2'), 4, 4, kernel_size=3)
         assert type(plain) is mmcv.ops.ModulatedDeformConv2dPack
+
+
+def test_the_old_name_of_the_wider_switch_works_and_warns(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match='mmdcn.overrides_everywhere'):
+        model = dyhead_of_a_config('mmdcn.patched', tmp_path)
+    layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
+    assert len(layers) > 1 and all(type(layer).__module__.startswith('mmdcn.') for layer in layers)
 
 
 class Block(nn.Module):

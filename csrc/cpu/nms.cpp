@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../core/dispatch.h"
+#include "../core/library.h"
 #include "../core/readable_errors.h"
 
 // The intersection is rounded before it leaves the union; contracted to one operation, it would not be.
@@ -197,7 +198,7 @@ std::tuple<Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& scores, d
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmdcn, CPU, m) {
+MMDCN_CPU_KERNELS(m) {
   m.impl("nms", TORCH_BOX(&Readable<&nms>::call));
   m.impl("soft_nms", TORCH_BOX(&Readable<&soft_nms>::call));
   m.impl("nms_match", TORCH_BOX(&Readable<&nms_match>::call));

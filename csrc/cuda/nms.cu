@@ -3,6 +3,7 @@
 #include "nms.cuh"
 
 #include "../core/dispatch.h"
+#include "../core/library.h"
 #include "../core/readable_errors.h"
 #include "../ops/nms.h"
 #include "device.cuh"
@@ -34,6 +35,6 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold, int6
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmdcn, CUDA, m) { m.impl("nms", TORCH_BOX(&Readable<&nms>::call)); }
+MMDCN_CUDA_KERNELS(m) { m.impl("nms", TORCH_BOX(&Readable<&nms>::call)); }
 
 }  // namespace mmdcn

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <torch/csrc/stable/library.h>
+#include "../core/library.h"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mmdcn, m) {
+MMDCN_OPERATORS(m) {
   m.def(
       "deform_roi_pool("
       "Tensor input, "    // [B, C, H, W]
@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmdcn, m) {
       "Tensor? offset, "  // [N, 2, ph, pw], (x, y) of each bin
       "SymInt[2] output_size, float spatial_scale, SymInt sampling_ratio, float gamma, "
       "bool aligned=True"  // as RoIAlign has it
-      ") -> Tensor");  // [N, C, ph, pw]
+      ") -> Tensor");      // [N, C, ph, pw]
   m.def(
       "deform_roi_pool_backward("
       "Tensor grad_output, "  // [N, C, ph, pw]

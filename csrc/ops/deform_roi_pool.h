@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "../core/checks.h"
+#include "../core/library.h"
+#include "../core/readable_errors.h"
 #include "../core/roi_bins.h"
 #include "../core/stable_ops.h"
 
@@ -58,5 +60,44 @@ inline void check_deform_roi_pool_backward(const Tensor& grad_output, const Tens
 
 // grad_input, grad_offset; one that was not asked for has no elements.
 using DeformRoIPoolGradients = std::tuple<Tensor, Tensor>;
+
+// A call whose tensors fit each other.
+struct DeformRoIPoolCall {
+  RoIGeometry geometry;
+  const Tensor &input, &rois;
+  const std::optional<Tensor>& offset;
+};
+
+// Registers what a device computes, kForward(call) and kBackward(call, grad_output, output_mask), as its kernels. Both
+// devices sum in an order that never changes, so that `deterministic` asks for nothing more.
+template <auto kForward, auto kBackward>
+struct DeformRoIPoolKernels {
+  static Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
+                        const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
+                        double gamma, bool aligned) {
+    return with_readable_errors([&] {
+      const RoIGeometry g =
+          deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned);
+      return kForward(DeformRoIPoolCall{g, input, rois, offset});
+    });
+  }
+
+  static DeformRoIPoolGradients backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
+                                         const std::optional<Tensor>& offset, double spatial_scale,
+                                         int64_t sampling_ratio, double gamma, const std::vector<bool>& output_mask,
+                                         bool deterministic, bool aligned) {
+    return with_readable_errors([&] {
+      check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
+      const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
+                                                     spatial_scale, sampling_ratio, gamma, aligned);
+      return kBackward(DeformRoIPoolCall{g, input, rois, offset}, grad_output, output_mask);
+    });
+  }
+
+  static void add_to(auto& library) {
+    library.impl("deform_roi_pool", TORCH_BOX(&forward));
+    library.impl("deform_roi_pool_backward", TORCH_BOX(&backward));
+  }
+};
 
 }  // namespace mmdcn

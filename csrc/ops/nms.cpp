@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <torch/csrc/stable/library.h>
+#include "../core/library.h"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mmdcn, m) {
+MMDCN_OPERATORS(m) {
   m.def(
       "nms("
       "Tensor boxes, "   // [N, 4], (x1, y1, x2, y2)

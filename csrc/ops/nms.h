@@ -20,9 +20,7 @@ inline void check_nms(const Tensor& boxes,   // [N, 4]
 }
 
 // The numbers of the boxes, the highest score first; as torch sorts them, which mmcv leaves ties to.
-inline Tensor by_score(const Tensor& scores) {
-  return call_torch("aten::argsort", "", scores, int64_t{0}, true);
-}
+inline Tensor by_score(const Tensor& scores) { return call_torch("aten::argsort", "", scores, int64_t{0}, true); }
 
 inline Tensor index_select(const Tensor& tensor, const Tensor& index) {
   return call_torch("aten::index_select", "", tensor, int64_t{0}, index);

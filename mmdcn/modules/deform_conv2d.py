@@ -5,7 +5,6 @@ Each layer is an instance of mmcv's class of the same name, because the ecosyste
 `dcn_offset_lr_mult` does, for one.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mmcv.ops
@@ -16,6 +15,7 @@ from mmdcn.checkpoints.version1_keys import report_lost_offsets
 from mmdcn.modules.predictors import Packed, Predictor
 from mmdcn.modules.tracing import OneNode
 from mmdcn.ops import deform_conv2d
+from mmdcn.ops._autocast import without_autocast
 from mmdcn.registry import MODELS
 
 
@@ -35,12 +35,6 @@ def _check_groups(layer: 'DeformConv2d | ModulatedDeformConv2d', offset: Tensor)
             f'offset must have 2*G*K = {channels} channels, as the layer has deform_groups G = {layer.deform_groups}, '
             f'got shape {list(offset.shape)}'
         )
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Give a context without autocast; torch has none for a device that knows no autocast, such as meta."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _predict(conv_offset: nn.Conv2d, x: Tensor) -> Tensor:

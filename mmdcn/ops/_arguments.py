@@ -118,11 +118,6 @@ def single_if_low(input: Tensor) -> list[torch.dtype]:
 
 
 @torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot look inside
-def _knows_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-@torch.compiler.assume_constant_result
 def _cudnn_allows_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == 'tf32'  # type: ignore[attr-defined]
 
@@ -143,18 +138,3 @@ def overridable(function: Callable[Parameters, Tensor]) -> Callable[Parameters, 
         return function(*args, **kwargs)
 
     return public
-
-
-def autocast(values: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
-    """Bring values, the input first, to autocast's type, and what makes places or masks to float32."""
-    device = values[0].device.type if isinstance(values[0], Tensor) else ''
-    if not (device and _knows_autocast(device) and torch.is_autocast_enabled(device)):
-        return list(values), list(places)
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-            return tensor.to(dtype)
-        return tensor  # float64 too, as torch's own rules do
-
-    low = torch.get_autocast_dtype(device)
-    return [cast(value, low) for value in values], [cast(place, torch.float32) for place in places]

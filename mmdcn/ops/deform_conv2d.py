@@ -11,7 +11,6 @@ from mmdcn import reference
 from mmdcn.ops._arguments import (
     Pair,
     allow_tf32,
-    autocast,
     check,
     check_floating,
     check_like,
@@ -21,6 +20,7 @@ from mmdcn.ops._arguments import (
     pair,
     single_if_low,
 )
+from mmdcn.ops._autocast import autocast
 from mmdcn.ops._fake import empty_gradient, memory_format
 from mmdcn.ops._transforms import into_batch, into_channels, pull_back, register, run, unfold
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from mmdcn import reference
 from mmdcn.ops._arguments import (
     Pair,
-    autocast,
     check,
     check_floating,
     check_like,
@@ -21,6 +20,7 @@ from mmdcn.ops._arguments import (
     pair,
     single_if_low,
 )
+from mmdcn.ops._autocast import autocast
 from mmdcn.ops._fake import empty_gradient, memory_format
 from mmdcn.ops._transforms import into_batch, pull_back, register, run, unfold
 

@@ -165,7 +165,7 @@ def require_own_operators(theirs: Outcome, ours: Outcome) -> None:
     if any(on_mmdcn[key] for key in theirs.calls) or not all(on_mmdcn[key] for key in ours.calls):
         raise LaunchError(
             f'the model on mmcv ran {dict(theirs.calls)}, that on mmdcn {dict(ours.calls)}: each should run its own. '
-            "A part that imports mmcv.ops itself needs custom_imports = dict(imports=['mmdcn.patched'])"
+            "A part that imports mmcv.ops itself needs custom_imports = dict(imports=['mmdcn.overrides_everywhere'])"
         )
     if not ours.calls or theirs.calls.total() != ours.calls.total():
         raise LaunchError(

@@ -331,7 +331,7 @@ template <typename Body>
 void launch(const Body& body, int32_t device) {
   constexpr uint32_t kGroups = 3;
   typename Body::Shared shared;
-  run_blocks(body.blocks(), std::min(std::bit_ceil(body.shares()), kWarp), kGroups, shared,
+  run_blocks(body.blocks(), std::min(std::bit_ceil(body.max_lanes()), kWarp), kGroups, shared,
              [&](uint32_t block, const Threads& threads) { body.run(body.block(block), shared, threads); });
 }
 
