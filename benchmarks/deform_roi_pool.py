@@ -140,7 +140,7 @@ def candidates_of(case: Case, device: str) -> dict[str, tuple[Callable[[Inputs],
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Give what builds each candidate's call."""
+    """Return what builds each candidate's call."""
     return {name: partial(partial, *candidate) for name, candidate in candidates_of(case, device).items()}
 
 

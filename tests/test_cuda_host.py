@@ -32,6 +32,7 @@ CALLS['many taps'] = Case((8, 2), (6, 5), (2, 7), padding=(1, 3), offset_groups=
 # One whose tiles are whole rows, wider than a patch.
 CALLS['patches'] = Case((8, 2), (9, 10), (2, 3), padding=(1, 1))
 ROI_CASES = roi_pool.CASES | roi_pool.LARGE
+STEMS = ('deform_conv2d', 'deform_conv2d_fused', 'deform_roi_pool', 'nms')
 # Of input, offset and weight; one without a mask has no other gradient in the last row.
 NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -45,8 +46,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
         pytest.skip('there is no g++')
     csrc = shutil.copytree(ROOT / 'csrc', tmp_path_factory.mktemp('cuda_host') / 'csrc')
     shutil.copytree(ROOT / 'tests/cuda_host', csrc, dirs_exist_ok=True)
-    cuda = ('deform_conv2d.cu', 'deform_conv2d_fused.cu', 'deform_roi_pool.cu', 'nms.cu')
-    sources = [*(csrc / 'cuda' / name for name in cuda), *(csrc / 'ops').glob('*.cpp')]
+    sources = [*(csrc / f'cuda/{stem}.cu' for stem in STEMS), *(csrc / 'ops').glob('*.cpp')]
     library = csrc / 'host.so'
     subprocess.run(
         [
@@ -256,13 +256,6 @@ def test_deform_roi_pool_gives_nan_for_a_region_of_no_image(host: object) -> Non
     assert output.isnan().flatten(1).all(1).tolist() == [False, False, False, True, False]
 
 
-def _calls(run: Callable[[], object]) -> list[str]:
-    """Get the names of torch's operators that a call makes."""
-    with torch.profiler.profile() as profile:
-        run()
-    return [event.name for event in profile.events() if event.name.startswith('aten::')]
-
-
 @pytest.mark.parametrize('count', [0, 1, 63, 64, 65, 300])
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('seed', range(2))
@@ -274,6 +267,13 @@ def test_nms_keeps_what_the_cpu_keeps(
         boxes, scores = draw_boxes(count, dtype=dtype)
         kept = [ops.nms(boxes, scores, threshold, offset) for ops in (host, torch.ops.mmdcn)]
         assert torch.equal(*kept)
+
+
+def _calls(run: Callable[[], object]) -> list[str]:
+    """Get the names of torch's operators that a call makes."""
+    with torch.profiler.profile() as profile:
+        run()
+    return [event.name for event in profile.events() if event.name.startswith('aten::')]
 
 
 def _compare(pair: object, tolerance: float) -> None:

@@ -39,8 +39,9 @@ def test_an_operator_is_public_and_so_is_its_definition(operator: str) -> None:
 
 
 @pytest.mark.parametrize('operator', LAYERS)
-def test_an_operator_with_a_derivative_has_a_layer(operator: str) -> None:
-    assert (ROOT / f'mmdcn/modules/{operator}.py').is_file()
+@pytest.mark.parametrize('folder', ['nn', 'modules'])
+def test_an_operator_with_a_derivative_has_a_layer(operator: str, folder: str) -> None:
+    assert (ROOT / f'mmdcn/{folder}/{operator}.py').is_file()
 
 
 @pytest.mark.parametrize('operator', OPERATORS)
@@ -92,7 +93,7 @@ def test_every_registered_name_and_every_package_is_an_attribute_of_mmdcn() -> N
     for each in registries:
         each.import_from_location()
         registered |= each.module_dict
-    assert len(registries) == 5 and len(registered) > 15
+    assert len(registries) == 6 and len(registered) > 15
     for name, value in registered.items():
         assert getattr(mmdcn, name) is value, name
         assert name in mmdcn.__all__

@@ -198,7 +198,7 @@ struct ShiftGradient {
 template <typename T>
 class Backward {
  public:
-  // Without rows of the input no bin gets a gradient of its shift, without those of grad_input no pixel gets one.
+  // Without rows of the input there are no gradients of shifts, without those of its gradient no such gradient.
   Backward(const RoIGeometry& g, const Plan<T>& plan, const ImageChannels& part, const std::optional<Rows<T>>& rows,
            const std::optional<Rows<T>>& grad_rows)
       : g_(g),

@@ -123,6 +123,31 @@ Tensor nms_match(const Tensor& boxes, const Tensor& scores, double iou_threshold
   return result;
 }
 
+// On the CPU for every device: an exported detector suppresses a few thousand boxes an image.
+Tensor nms_mask(const Tensor& boxes, const Tensor& scores, double iou_threshold, double score_threshold) {
+  check_rank(scores, "scores", 2);
+  const int64_t batch = scores.size(0), count = scores.size(1);
+  check_shape(boxes, "boxes", {batch, count, 4});
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const Tensor corners = torch::stable::to(boxes, cpu);
+  const Tensor values = contiguous_as(torch::stable::to(scores, cpu), ScalarType::Float);
+  Tensor kept = torch::stable::empty({batch, count}, ScalarType::Bool);
+  torch::stable::zero_(kept);
+  for (int64_t image = 0; image < batch; ++image) {
+    const Tensor order = by_score(torch::stable::select(values, 0, image));
+    const int64_t* numbers = data<const int64_t>(order);
+    const float* of_image = data<const float>(values) + image * count;
+    const auto exceeds = [&](int64_t number) { return of_image[number] > score_threshold; };
+    const int64_t candidates = std::partition_point(numbers, numbers + count, exceeds) - numbers;
+    const Tensor sorted = index_select(torch::stable::select(corners, 0, image), slice(order, 0, 0, candidates));
+    const std::vector<int32_t> keepers = keepers_of(sorted, iou_threshold, false, 0);
+    for (size_t i = 0; i < keepers.size(); ++i) {
+      data<bool>(kept)[image * count + numbers[i]] = keepers[i] == static_cast<int32_t>(i);
+    }
+  }
+  return torch::stable::to(kept, scores.device());
+}
+
 enum class Decay : int64_t { kNaive, kLinear, kGaussian };
 
 // By how much a box's score falls beside a better box.
@@ -202,6 +227,10 @@ MMDCN_CPU_KERNELS(m) {
   m.impl("nms", TORCH_BOX(&Readable<&nms>::call));
   m.impl("soft_nms", TORCH_BOX(&Readable<&soft_nms>::call));
   m.impl("nms_match", TORCH_BOX(&Readable<&nms_match>::call));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmdcn, CompositeExplicitAutograd, m) {
+  m.impl("nms_mask", TORCH_BOX(&Readable<&nms_mask>::call));
 }
 
 }  // namespace mmdcn

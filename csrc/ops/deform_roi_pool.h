@@ -85,7 +85,7 @@ struct DeformRoIPoolKernels {
   static DeformRoIPoolGradients backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
                                          const std::optional<Tensor>& offset, double spatial_scale,
                                          int64_t sampling_ratio, double gamma, const std::vector<bool>& output_mask,
-                                         bool deterministic, bool aligned) {
+                                         bool /*deterministic*/, bool aligned) {
     return with_readable_errors([&] {
       check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
       const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},

@@ -18,4 +18,11 @@ MMDCN_OPERATORS(m) {
       "nms_match("
       "Tensor boxes, Tensor scores, float iou_threshold"
       ") -> Tensor");  // [N], the box that suppresses each box, which is the box itself if it is kept
+  // For exported detectors: shapes that do not depend on the data.
+  m.def(
+      "nms_mask("
+      "Tensor boxes, "   // [B, N, 4], (x1, y1, x2, y2)
+      "Tensor scores, "  // [B, N]; those that do not exceed score_threshold are not kept
+      "float iou_threshold, float score_threshold"
+      ") -> Tensor");  // [B, N], true for the boxes that are kept
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/checks.h"
+#include "../core/library.h"
 #include "../core/stable_ops.h"
 
 namespace mmdcn {

@@ -39,7 +39,7 @@ def deform_roi_pool(
     gamma: float = 0.1,
     aligned: bool = True,
 ) -> Tensor:  # [N, C, ph, pw]
-    """Pool regions of interest into bins that move by offsets of their own.
+    """Pool regions of interest into bins that each move by their own offset.
 
     This is deformable RoI pooling (Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.2) on the grid
     of RoIAlign (He et al., Mask R-CNN, ICCV 2017, section 3), as mmcv has it: without offsets it is RoIAlign, aligned.
@@ -65,8 +65,8 @@ def deform_roi_pool(
 
     Raises:
         ValueError: If an argument's rank, shape, type or device does not fit, or an integer is 2^31 or more.
-        RuntimeError: If a region names an image that is not there. On CUDA, where to ask would mean to wait for the
-            device, such a region gives NaN instead.
+        RuntimeError: If a region names an image that does not exist. On CUDA such a region gives NaN instead, because a
+            check would wait for the device.
     """
     (input,), (rois, offset) = autocast((input,), (rois, offset))
     size = pair(output_size, 'output_size', 1)
@@ -182,7 +182,7 @@ def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> N
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiate the reference's backward, made of torch's operators; so any order works."""
+    """Differentiate the reference's backward, which consists of torch's operators; so every order works."""
     return pull_back(_reference_backward, ctx.saved_tensors, ctx.settings, grads)
 
 
@@ -195,7 +195,7 @@ def _numbered(size: int, dim: int | None, rois: Tensor, images: int) -> Tensor: 
 
 
 def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
-    """Map over V calls by one with V times the regions, and with V times the images if those differ."""
+    """Map V calls to one, with V times the regions, and with V times the images if those differ."""
     size = info.batch_size
     input, rois, offset, *settings = arguments
     shared = in_dims[0] is None
@@ -207,7 +207,7 @@ def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *argum
 def _vmap_backward(
     pool_backward: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Do as _vmap does; but a gradient of the images is one for each of the V calls."""
+    """Do as _vmap does; but each of the V calls has its own gradient of the images."""
     size = info.batch_size
     grad_output, input, rois, offset, *settings = arguments
     grads, images, moves = (
