@@ -85,7 +85,8 @@ def torchvision_roi_align(call: Call) -> Tensor:
 def bins_of_moved_regions(call: Call, roi_align: Callable[[Call], Tensor]) -> Tensor:
     """Pool each bin by RoIAlign from a region that lies where the offset moves this bin."""
     output = call.input.new_empty(len(call.rois), call.input.shape[1], *call.output_size)
-    size = (call.rois[:, 3:] - call.rois[:, 1:3]).repeat(1, 2)
+    smallest = 0 if call.aligned else 1 / call.spatial_scale
+    size = (call.rois[:, 3:] - call.rois[:, 1:3]).clamp(min=smallest).repeat(1, 2)
     for row in range(call.output_size[0]):
         for column in range(call.output_size[1]):
             moves = call.gamma * size * call.offset[:, :, row, column].repeat(1, 2)

@@ -33,7 +33,7 @@ struct RoIGeometry {
   int64_t rois, out_height, out_width;
   double spatial_scale, gamma;
   int64_t sampling_ratio;  // samples of a bin along each axis; 0: as many as it has pixels, rounded up
-  bool aligned;            // else the middle of the first pixel is at 0.5, and a region has a pixel at least
+  bool aligned;  // else the middle of the first pixel is at 0, not at 0.5, and a region has a pixel at the least
 
   C10_HOST_DEVICE int64_t bins() const { return out_height * out_width; }
 };

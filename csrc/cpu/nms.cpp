@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../core/dispatch.h"
+#include "../core/library.h"
 #include "../core/readable_errors.h"
 
 // The intersection is rounded before it leaves the union; contracted to one operation, it would not be.

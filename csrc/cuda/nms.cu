@@ -3,6 +3,7 @@
 #include "nms.cuh"
 
 #include "../core/dispatch.h"
+#include "../core/library.h"
 #include "../core/readable_errors.h"
 #include "../ops/nms.h"
 #include "device.cuh"

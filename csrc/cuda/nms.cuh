@@ -49,7 +49,7 @@ struct FindOverlaps {
   Pairs<T> pairs;
   uint64_t* overlaps;  // [N, words]
 
-  C10_HOST_DEVICE uint32_t shares() const { return 32; }
+  C10_HOST_DEVICE uint32_t max_lanes() const { return 32; }
   C10_HOST_DEVICE int64_t row_blocks() const { return (pairs.count + kRows - 1) / kRows; }
   C10_HOST_DEVICE uint32_t blocks() const { return static_cast<uint32_t>(row_blocks() * pairs.words); }
   C10_HOST_DEVICE Block block(uint32_t index) const {
@@ -85,7 +85,7 @@ struct KeepBest {
   bool* kept;                // [N]
   int64_t count, words;
 
-  C10_HOST_DEVICE uint32_t shares() const { return 32; }
+  C10_HOST_DEVICE uint32_t max_lanes() const { return 32; }
   C10_HOST_DEVICE uint32_t blocks() const { return 1; }
   C10_HOST_DEVICE int64_t block(uint32_t) const { return 0; }
 
