@@ -1,4 +1,4 @@
-# Two targets do everything: `make demo` and `make test`. Each sets up what it needs in .venv, once, and compiles no mmcv.
+# The two main targets are `make demo` and `make test`. Each sets up what it needs in .venv, once, and compiles no mmcv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ WORK_DIR := work_dirs/$(notdir $(CONFIG:.py=))
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-mmcv test-openmmlab test-torchvision zoo-check lint setup bench sanitize wheel gpu-check clean
+.PHONY: demo test test-mmcv test-openmmlab test-torchvision zoo-check lint setup bench sanitize wheel docs gpu-check clean
 
 demo: $(WORK_DIR)/demo.png
 	@cat $(WORK_DIR)/results.txt
@@ -29,12 +29,12 @@ test-mmcv: $(VENV)-mmcv/mmcv.stamp
 	@echo "== Comparing with mmcv's compiled operators, about 4 minutes on 2 cores =="
 	$(call PYTEST,$(VENV)-mmcv/bin/python -m pytest) -m mmcv_ops
 
-# The same on OpenMMLab's own last releases, in an environment of their own.
+# The tests on OpenMMLab's own last releases, in a separate environment.
 test-openmmlab:
 	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
 
-# The comparisons with torchvision. Its 0.29 needs torch 2.14, which has only builds for CUDA, of some gigabytes: so it is not
-# in the environment of `make test`. The core is the one that was built there.
+# The comparisons with torchvision, in a separate environment: torchvision 0.29 needs torch 2.14, which exists only as a
+# build for CUDA of some gigabytes. The core is that of `make test`.
 TORCHVISION := .venv-torchvision/bin
 test-torchvision: $(VENV)/core.stamp
 	@echo "== Setting up .venv-torchvision: some gigabytes =="
@@ -43,7 +43,7 @@ test-torchvision: $(VENV)/core.stamp
 	$(TORCHVISION)/python -c 'import torch, torchvision.ops; print("torch", torch.__version__, "torchvision", torchvision.__version__)'
 	PYTHONPATH=. $(TORCHVISION)/python -m pytest -k torchvision tests/test_deform_conv2d.py tests/test_deform_roi_pool.py
 
-# Every checkpoint of the zoo gives the average precision that its metafile says.
+# Checks that every checkpoint of the zoo reaches the AP in its metafile.
 zoo-check: $(VENV)/core.stamp data/mnist_scenes data/neon_trees
 	$(BIN)/python tools/zoo_check.py
 
@@ -51,13 +51,13 @@ lint: $(VENV)/core.stamp
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
 bench: $(VENV)/core.stamp
-	@echo "== Measuring every shape and peer: leave the machine alone meanwhile =="
+	@echo "== Measuring every shape and peer: run nothing else meanwhile =="
 	$(PIP) install -r requirements/bench.txt
 	$(BIN)/python benchmarks/run.py deform_conv2d --cases all
 	$(BIN)/python benchmarks/run.py deform_roi_pool --cases all
 
-# The operators' tests on a core that checks every address and every undefined operation, about 10 minutes on 2 cores. It
-# needs more memory than the tests of too little memory and of the workspace leave.
+# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, about 10 minutes on 2 cores. The tests that
+# limit memory are left out: the sanitizers need more.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/core.stamp
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mmdcn $(SANITIZED) && rm -f $(SANITIZED)/mmdcn/*.so
@@ -72,9 +72,9 @@ sanitize: $(VENV)/core.stamp
 	$(call PYTEST,$(BIN)/pytest) --dist=worksteal -p no:cacheprovider -k 'not too_little_memory and not workspace' \
 	  $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_fuzz.py roi_pool.py)
 
-# One wheel for every Python and torch, made from the sdist. Its libraries find torch's in the process, so that none is
-# copied into it. The tests have the packages of .venv, but mmdcn from the wheel. Then README's ways to install it are tried in
-# fresh environments, each PYTHON:TORCH of WHEEL_TRIES; but for that of .venv they download some gigabytes.
+# One wheel for every Python and torch, built from the sdist. torch's libraries are not copied into it: at run time they
+# are loaded already. The tests use the packages of .venv, but mmdcn from the wheel. Then README's ways to install it are
+# tried in fresh environments, each PYTHON:TORCH of WHEEL_TRIES; all but that of .venv download some gigabytes.
 WHEEL_CHECK := build/wheel-check
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 WHEEL_TRIES ?= $(BIN)/python:2.13.0 python3.10:2.10.0 python3.13:2.14.1
@@ -90,13 +90,19 @@ wheel: $(VENV)/core.stamp
 	@$(BIN)/python -m zipfile -l dist/mmdcn-*.whl | grep -v '\.mim/'
 	@ls -l dist
 	@test $$(stat -c %s dist/mmdcn-*.whl) -le $(WHEEL_LIMIT) || { echo "error: mmdcn's wheel has more than $(WHEEL_LIMIT) bytes"; exit 1; }
-	@echo "== Testing them in an environment of their own =="
+	@echo "== Testing them in a separate environment =="
 	$(BIN)/python -m venv $(WHEEL_CHECK)
 	$(WHEEL_CHECK)/bin/pip install --no-deps -r requirements/mim.txt dist/mmdcn-*.whl dist/mmdcn_zoo-*.whl
 	$(BIN)/python $(SITE) > "$$($(WHEEL_CHECK)/bin/python $(SITE))/venv.pth"
 	cp -r tests pyproject.toml $(WHEEL_CHECK)
 	cd $(WHEEL_CHECK) && bin/python -m pytest $(addprefix tests/test_,deform_conv2d.py deform_conv2d_errors.py deform_roi_pool.py extension.py packaging.py)
 	for try in $(WHEEL_TRIES); do packages/try_install.sh dist "$${try%%:*}" "$${try##*:}"; done
+
+# The documentation site. Its API pages come from the docstrings, its tables of promises from the tests.
+docs: $(VENV)/core.stamp
+	$(PIP) install -r requirements/docs.txt
+	$(BIN)/python -m sphinx -b html --fail-on-warning --keep-going -c docs . build/docs
+	@echo "Open build/docs/index.html"
 
 # On a machine with a GPU, in 5 minutes: the operators' tests, the memory checkers, the benchmark, a training step, and a
 # page with all of it in build/gpu-check-results. It takes the wheel that `make wheel` left in dist, or the folder GPU_CHECK_SITE
@@ -108,8 +114,8 @@ gpu-check:
 
 setup: $(VENV)/core.stamp
 
-# mmcv builds its operators where it finds torch, so its build is kept apart from it; pip's cache may have another's build,
-# so it is not asked. packages/mmdcn-mmcv puts mmdcn's operators in their place.
+# mmcv compiles its operators where it finds torch, so it is built in isolation. pip's cache may hold a compiled wheel, so
+# it is not used. packages/mmdcn-mmcv puts mmdcn's operators in their place.
 MMCV := $(shell grep '^[a-z-]*mmcv[a-z-]*==' $(OPENMMLAB))
 $(VENV)/openmmlab.stamp: requirements/build.txt $(OPENMMLAB)
 	@echo "== Setting up $(VENV): torch and OpenMMLab, about 2 minutes once they are downloaded =="
@@ -156,14 +162,14 @@ data/neon_trees: $(VENV)/core.stamp
 	touch $@
 
 $(WORK_DIR)/results.txt: $(CONFIG) | data/mnist_scenes
-	@echo "== Training a DCNv2 detector, about 8 minutes on 2 cores; stopped, it goes on from its last checkpoint =="
+	@echo "== Training a DCNv2 detector, about 8 minutes on 2 cores; if stopped, it continues from its last checkpoint =="
 	$(BIN)/python tools/train.py $(CONFIG) --resume
 	@echo "== Testing it =="
 	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" | tee $(WORK_DIR)/test.log
 	grep '^|' $(WORK_DIR)/test.log > $@
 
 $(WORK_DIR)/demo.png: $(WORK_DIR)/results.txt
-	$(BIN)/python tools/analysis_tools/draw_sampling_points.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --out $@
+	$(BIN)/python tools/analysis_tools/visualize_offsets.py $$(ls data/mnist_scenes/test/* | head -8) $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --views detections --score 0.5 --out-dir $(@D) && mv $(@D)/detections.png $@
 
 clean:
 	rm -rf build dist *.egg-info packages/*/build packages/*/*.egg-info mmdcn/*.so .venv*/core.stamp

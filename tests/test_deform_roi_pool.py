@@ -60,7 +60,9 @@ def test_the_backward_of_the_reference_is_the_derivative_of_its_forward(case: Ca
     call = case.draw()
     grad_output = draw_grad_output(call)
     settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
-    by_hand = reference.deform_roi_pool_backward(grad_output, call.input, call.rois, call.offset, *settings)
+    by_hand = reference.deform_roi_pool_backward(
+        grad_output, call.input, call.rois, call.offset, *settings, call.aligned
+    )
     expected = expected_gradients(call, grad_output)
     for name, gradient in zip(('input', 'offset'), by_hand, strict=True):
         if name in expected:
@@ -70,13 +72,14 @@ def test_the_backward_of_the_reference_is_the_derivative_of_its_forward(case: Ca
 def mmcv_roi_align(call: Call) -> Tensor:
     from mmcv import ops
 
-    return ops.roi_align(call.input, call.rois, call.output_size, call.spatial_scale, call.sampling_ratio, 'avg', True)
+    settings = (call.spatial_scale, call.sampling_ratio, 'avg', call.aligned)
+    return ops.roi_align(call.input, call.rois, call.output_size, *settings)
 
 
 def torchvision_roi_align(call: Call) -> Tensor:
     ops = pytest.importorskip('torchvision.ops')
     sampling_ratio = call.sampling_ratio or -1
-    return ops.roi_align(call.input, call.rois, call.output_size, call.spatial_scale, sampling_ratio, True)
+    return ops.roi_align(call.input, call.rois, call.output_size, call.spatial_scale, sampling_ratio, call.aligned)
 
 
 def bins_of_moved_regions(call: Call, roi_align: Callable[[Call], Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -147,6 +148,6 @@ def _download(url: str, path: Path, sha256: str) -> Path:
 
 
 @CheckpointLoader.register_scheme(prefixes=ADDRESS)
-def load_from_zoo(filename: str, map_location: torch.serialization.MAP_LOCATION = None) -> dict:
+def load_from_zoo(filename: str, map_location: torch.serialization.MAP_LOCATION = None) -> dict[str, Any]:
     """Load a checkpoint of mmdcn's own from its address; MMEngine calls this."""
     return torch.load(fetch(filename), map_location=map_location, weights_only=True)

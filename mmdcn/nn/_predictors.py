@@ -9,19 +9,12 @@ So a predictor hides from all who look for modules while a function of that name
 its name, `layer.conv_offset`, and loads checkpoints, as ever.
 """
 
-import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 from torch import nn
 
-
-def _is_in_init_weights() -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != 'init_weights':
-        frame = frame.f_back
-    return frame is not None
+from mmdcn._private_hooks import is_within
 
 
 class Predictor(nn.Module):
@@ -33,12 +26,12 @@ class Predictor(nn.Module):
             nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Give itself by its name; nothing during an initialization."""
-        return iter(()) if _is_in_init_weights() else super().named_modules(*args, **kwargs)
+        """Yield itself by its name; nothing during an initialization."""
+        return iter(()) if is_within('init_weights') else super().named_modules(*args, **kwargs)
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> 'Predictor':
         """Apply a function to itself, but for an initialization."""
-        return self if _is_in_init_weights() else super().apply(fn)
+        return self if is_within('init_weights') else super().apply(fn)
 
 
 class ConvPredictor(Predictor, nn.Conv2d):
@@ -53,7 +46,7 @@ _CLASSES: dict[type, type[Predictor]] = {nn.Conv2d: ConvPredictor, nn.Linear: Li
 
 
 def make_predictors(layer: Any) -> list[Predictor]:
-    """Make predictors of those layers of torch that the offsets and masks of a layer come from, and give them.
+    """Make predictors of those layers of torch that the offsets and masks of a layer come from, and return them.
 
     They stay the very same objects, with the parameters that they have.
     """
@@ -63,12 +56,3 @@ def make_predictors(layer: Any) -> list[Predictor]:
     for predictor in predictors:
         predictor.__class__ = _CLASSES[type(predictor)]
     return predictors
-
-
-class Packed:
-    """A layer that predicts its offsets itself; it is the first base of such a layer."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for predictor in make_predictors(self):
-            predictor.reset_parameters()

@@ -32,7 +32,7 @@ class OneNode:
         )
 
 
-def _as_one_node(forward: Callable) -> Callable:
+def _as_one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def one_node(self: Any, *args: Any, **kwargs: Any) -> Any:
         proxy = next((each for each in (*args, *kwargs.values()) if isinstance(each, fx.Proxy)), None)
