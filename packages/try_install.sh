@@ -8,9 +8,9 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 "$python" -m venv venv
 echo "== $("$python" --version), torch $torch, no compiler =="
-export PATH="$folder/venv/bin:$folder/tools"
 mkdir tools
-ln -s /usr/bin/rm tools
+ln -s "$(command -v rm)" tools # for the trap
+export PATH="$folder/venv/bin:$folder/tools"
 install() { pip --disable-pip-version-check install --quiet --find-links "$dist" "torch==$torch" "$@"; }
 
 install mmdcn
