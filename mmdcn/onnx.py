@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX: a deformable convolution becomes the standard's `DeformConv`, which needs no plugin of a runtime.
+"""ONNX: mmdcn's operators become the standard's, which need no plugin of a runtime.
 
     torch.onnx.export(model, arguments, path, dynamo=True, custom_translation_table=mmdcn.onnx.TRANSLATIONS)
 
-This module needs `onnxscript`, as torch's exporter does. `DeformConv` is of opset 19; an export to an earlier one is
+A deformable convolution becomes `DeformConv`; deformable RoI pooling `RoIAlign`, with offsets one for each bin. This
+module needs `onnxscript`, as torch's exporter does. `DeformConv` is of opset 19; an export to an earlier one is
 refused.
 """
 
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import evaluator
-from onnxscript import opset19 as op
+from onnxscript import BOOL, INT64, evaluator, opset19
+
+op: Any = opset19  # whose annotations know nothing of the lists and numbers that the exporter makes constants of
 
 
 def _deform_conv2d(
@@ -45,4 +47,94 @@ def _deform_conv2d(
     )  # fmt: skip
 
 
-TRANSLATIONS: dict[Callable, Callable] = {torch.ops.mmdcn.deform_conv2d.default: _deform_conv2d}
+def _deform_roi_pool(
+    input: Any,
+    rois: Any,
+    offset: Any,
+    output_size: list[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+    aligned: bool = True,
+) -> Any:
+    images = op.Cast(op.Gather(rois, op.Constant(value_int=0), axis=1), to=INT64.dtype)
+    corners = op.Slice(rois, [1], [5], [1])
+    if offset is None:
+        return _roi_align(input, corners, images, output_size, spatial_scale, sampling_ratio, aligned)
+    if not aligned:
+        raise ValueError('deform_roi_pool with offsets and aligned=False has no form in ONNX: use aligned=True')
+    height, width = output_size
+    # The pooling of a bin is RoIAlign of the bin as a region of its own, in pixels of the input.
+    bins = _moved_bins(op.Mul(corners, _floats(spatial_scale)), offset, output_size, sampling_ratio, gamma)
+    images_of_bins = op.Reshape(op.Expand(op.Unsqueeze(images, [1]), [1, height * width]), [-1])
+    pooled = _roi_align(input, bins, images_of_bins, [1, 1], 1.0, sampling_ratio)  # [N * ph * pw, C, 1, 1]
+    channels = op.Shape(input, start=1, end=2)
+    by_region = op.Reshape(pooled, op.Concat(_ints(-1, height * width), channels, axis=0))
+    size = op.Concat(op.Shape(rois, end=1), channels, _ints(height, width), axis=0)
+    return op.Reshape(op.Transpose(by_region, perm=[0, 2, 1]), size)
+
+
+def _moved_bins(corners: Any, offset: Any, output_size: list[int], sampling_ratio: int, gamma: float) -> Any:
+    """Give the corners of each bin, [N * ph * pw, 4]."""
+    height, width = output_size
+    start, end = op.Slice(corners, [0], [2], [1]), op.Slice(corners, [2], [4], [1])
+    length = op.Unsqueeze(op.Sub(end, start), [1])  # [N, 1, 2], (x, y) from here on
+    bin_length = op.Div(length, _floats(width, height))
+    grid = _floats(*(place for y in range(height) for x in range(width) for place in (x, y)))
+    index = op.Reshape(grid, [1, height * width, 2])
+    moves = op.Transpose(op.Reshape(offset, [0, 2, height * width]), perm=[0, 2, 1])
+    shift = op.Add(op.Mul(index, bin_length), op.Mul(moves, op.Mul(length, _floats(gamma))))
+    first = op.Add(op.Unsqueeze(start, [1]), shift)
+    last = op.Add(first, bin_length)
+    if sampling_ratio <= 0:
+        # A bin has as many samples as pixels, rounded up; roundings of its corners must not make one more of them.
+        margin = op.Mul(op.Add(op.Abs(last), _floats(1)), _floats(4 * torch.finfo(torch.float32).eps))
+        first, last = op.Add(first, margin), op.Sub(last, margin)
+    return op.Reshape(op.Concat(first, last, axis=2), [-1, 4])
+
+
+def _roi_align(
+    input: Any,
+    corners: Any,
+    images: Any,
+    output_size: list[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool = True,
+) -> Any:
+    return op.RoiAlign(
+        input,
+        corners,
+        images,
+        coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel',
+        mode='avg',
+        output_height=output_size[0],
+        output_width=output_size[1],
+        spatial_scale=spatial_scale,
+        sampling_ratio=sampling_ratio,
+    )
+
+
+def _floats(*values: float) -> Any:
+    return op.Constant(value_floats=[float(value) for value in values])
+
+
+def _ints(*values: int) -> Any:
+    return op.Constant(value_ints=values)
+
+
+def _nms_mask(boxes: Any, scores: Any, iou_threshold: float, score_threshold: float) -> Any:
+    all_boxes = op.Constant(value_int=torch.iinfo(torch.int64).max)
+    selected = op.NonMaxSuppression(
+        boxes, op.Unsqueeze(scores, [1]), all_boxes, _floats(iou_threshold), _floats(score_threshold)
+    )  # [kept, 3], (image, class, box)
+    places = op.Gather(selected, [0, 2], axis=1)
+    ones = op.Expand(_floats(1), op.Shape(places, start=0, end=1))
+    return op.Cast(op.ScatterND(op.ConstantOfShape(op.Shape(scores)), places, ones), to=BOOL.dtype)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.mmdcn.deform_conv2d.default: _deform_conv2d,
+    torch.ops.mmdcn.deform_roi_pool.default: _deform_roi_pool,
+    torch.ops.mmdcn.nms_mask.default: _nms_mask,
+}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.mmcv_ops
+
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools/analysis_tools/check_parity.py'
 SMALL = ROOT / 'configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py'

@@ -15,6 +15,7 @@ import deform_roi_pool_cases as roi_pool
 import pytest
 import torch
 from deform_conv2d_cases import CASES, Case, draw_grad_output
+from nms_cases import draw as draw_boxes
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ CALLS['many taps'] = Case((8, 2), (6, 5), (2, 7), padding=(1, 3), offset_groups=
 # One whose tiles are whole rows, wider than a patch.
 CALLS['patches'] = Case((8, 2), (9, 10), (2, 3), padding=(1, 1))
 ROI_CASES = roi_pool.CASES | roi_pool.LARGE
+STEMS = ('deform_conv2d', 'deform_conv2d_fused', 'deform_roi_pool', 'nms')
 # Of input, offset and weight; one without a mask has no other gradient in the last row.
 NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -44,8 +46,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
         pytest.skip('there is no g++')
     csrc = shutil.copytree(ROOT / 'csrc', tmp_path_factory.mktemp('cuda_host') / 'csrc')
     shutil.copytree(ROOT / 'tests/cuda_host', csrc, dirs_exist_ok=True)
-    cuda = ('deform_conv2d.cu', 'deform_conv2d_fused.cu', 'deform_roi_pool.cu')
-    sources = [*(csrc / 'cuda' / name for name in cuda), *(csrc / 'ops').glob('*.cpp')]
+    sources = [*(csrc / f'cuda/{stem}.cu' for stem in STEMS), *(csrc / 'ops').glob('*.cpp')]
     library = csrc / 'host.so'
     subprocess.run(
         [
@@ -174,14 +175,14 @@ def test_deform_roi_pool_equals_the_cpu(
     settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
     arguments = (images, call.rois, call.offset)
     _compare(
-        [ops.deform_roi_pool(*arguments, call.output_size, *settings) for ops in (host, torch.ops.mmdcn)],
+        [ops.deform_roi_pool(*arguments, call.output_size, *settings, call.aligned) for ops in (host, torch.ops.mmdcn)],
         TOLERANCES[dtype],
     )
     grad_output = roi_pool.draw_grad_output(call)
     for needed, deterministic in product(((True, True), (True, False), (False, True)), (False, True)):
         needed = (needed[0], needed[1] and call.offset is not None)
         gradients = (
-            ops.deform_roi_pool_backward(grad_output, *arguments, *settings, needed, deterministic)
+            ops.deform_roi_pool_backward(grad_output, *arguments, *settings, needed, deterministic, call.aligned)
             for ops in (host, torch.ops.mmdcn)
         )
         for pair in zip(*gradients, strict=True):
@@ -253,6 +254,19 @@ def test_deform_roi_pool_gives_nan_for_a_region_of_no_image(host: object) -> Non
     settings = (call.output_size, call.spatial_scale, call.sampling_ratio, call.gamma)
     output = host.deform_roi_pool(call.input, call.rois, call.offset, *settings)
     assert output.isnan().flatten(1).all(1).tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize('count', [0, 1, 63, 64, 65, 300])
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('seed', range(2))
+def test_nms_keeps_what_the_cpu_keeps(
+    host: object, count: int, offset: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('MMDCN_HOST_SEED', f'{seed}')
+    for dtype, threshold in product((torch.float32, torch.float64), (0.0, 0.3, 0.5)):
+        boxes, scores = draw_boxes(count, dtype=dtype)
+        kept = [ops.nms(boxes, scores, threshold, offset) for ops in (host, torch.ops.mmdcn)]
+        assert torch.equal(*kept)
 
 
 def _calls(run: Callable[[], object]) -> list[str]:

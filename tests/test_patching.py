@@ -152,6 +152,7 @@ def assert_the_same_on_mmdcn(theirs: nn.Module, inputs: Any, switch: Callable[[]
     assert {'mmdcn::deform_conv2d', 'mmdcn::deform_conv2d_backward'} <= after
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', CASES)
 def test_built_after_patch_mmdet_it_gives_what_it_gives_on_mmcv(name: str) -> None:
     torch.manual_seed(0)
@@ -166,6 +167,7 @@ def test_built_after_patch_mmdet_it_gives_what_it_gives_on_mmcv(name: str) -> No
     assert_the_same_on_mmdcn(theirs, inputs, patched)
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', {**BY_NAME, **BY_IMPORT})
 def test_converted_it_gives_what_it_gave_on_mmcv(name: str) -> None:
     torch.manual_seed(0)
@@ -173,6 +175,7 @@ def test_converted_it_gives_what_it_gave_on_mmcv(name: str) -> None:
     assert_the_same_on_mmdcn(model, CASES[name].inputs(), lambda: mmdcn.convert_model(model))
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', BY_FUNCTION)
 def test_patch_mmdet_reaches_the_functions_that_a_built_model_calls(name: str) -> None:
     torch.manual_seed(0)
@@ -185,6 +188,7 @@ def test_patch_mmdet_reaches_the_functions_that_a_built_model_calls(name: str) -
     assert_the_same_on_mmdcn(model, CASES[name].inputs(), switched)
 
 
+@pytest.mark.mmcv_ops
 def test_tood_samples_float32_boxes_at_offsets_of_autocast_without_rounding_them() -> None:
     torch.manual_seed(0)
     head, boxes, offset = BY_FUNCTION['TOOD'].build(), 1000 * torch.rand(2, 4, 5, 7), torch.randn(2, 8, 5, 7).bfloat16()

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import mnist_scenes
 import pytest
 import torch
 from mmengine.config import Config
@@ -23,7 +22,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdcn.checkpoints.safe_globals import load_training
 from mmdcn.checkpoints.zoo import ZooError
-from mmdcn.datasets import ImageError
+from mmdcn.datasets import ImageError, mnist_scenes
 from mmdcn.engine.launch import LaunchError, add_arguments, explained, mend_last_checkpoint
 from mmdcn.engine.launch import run as run_tool
 
@@ -127,6 +126,61 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(trained: Path, scenes:
     expected = weights(trained / f'epoch_{EPOCHS}.pth')
     resumed = weights(tmp_path / f'epoch_{EPOCHS}.pth')
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_mixed_precision_trains_on_a_cpu_by_option_or_by_config_and_resumes_with_the_same_bits(
+    scenes: Path, tmp_path: Path
+) -> None:
+    def train(name: str, epochs: int, *arguments: str, extra: tuple[str, ...] = ()) -> Path:
+        settings = (*options(scenes), f'train_cfg.max_epochs={epochs}', *extra)
+        result = run('train.py', CONFIG, '--work-dir', tmp_path / name, *arguments, *settings)
+        assert result.returncode == 0, result.stderr
+        assert 'mmdcn.AmpOptimWrapper' in next((tmp_path / name).glob('*.py')).read_text()
+        return tmp_path / name / f'epoch_{epochs}.pth'
+
+    expected = weights(train('option', 2, '--amp'))
+    train('config', 1, extra=('optim_wrapper.type=AmpOptimWrapper',))
+    resumed = weights(train('config', 2, '--amp', '--resume'))
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+    assert all(value.dtype != torch.bfloat16 for value in expected.values())
+
+
+WAITING = {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'}
+WITHOUT_TORCH = """
+import os, runpy, sys
+sys.modules['torch'] = None  # so that its import ends the tool
+try:
+    runpy.run_path(sys.argv[1])
+except ImportError:
+    print(os.environ.get('GOMP_SPINCOUNT'))
+"""
+
+
+@pytest.mark.parametrize(
+    'tool',
+    ['tools/train.py', 'tools/test.py', 'tools/analysis_tools/visualize_offsets.py', 'demo/image_demo.py',
+     'benchmarks/demo.py'],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ('policy', 'count'),
+    [({}, '10000'), ({'GOMP_SPINCOUNT': '7'}, '7'), ({'OMP_WAIT_POLICY': 'PASSIVE'}, 'None')],
+    ids=['nothing', 'a count', 'a policy'],
+)
+def test_a_tool_sets_how_long_threads_spin_before_torch_is_imported_unless_the_user_has(
+    tool: str, policy: dict[str, str], count: str
+) -> None:
+    env = {key: value for key, value in os.environ.items() if key not in WAITING} | policy
+    arguments = [sys.executable, '-c', WITHOUT_TORCH, str(ROOT / tool)]
+    result = subprocess.run(arguments, env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [count]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='torch has another OpenMP')
+def test_the_openmp_of_torch_takes_the_number_of_turns() -> None:
+    env = {key: value for key, value in os.environ.items() if key not in WAITING} | {'OMP_DISPLAY_ENV': 'VERBOSE'}
+    result = subprocess.run(command('train.py', '--help'), env=env, capture_output=True, text=True, check=True)
+    assert "GOMP_SPINCOUNT = '10000'" in result.stderr
 
 
 def test_a_kill_while_the_last_checkpoint_is_noted_loses_none(tmp_path: Path) -> None:
@@ -344,18 +398,13 @@ def test_a_file_that_the_config_names_is_told_with_its_place_and_any_other_keeps
     ('arguments', 'words'),
     [
         (('train.py', 'configs/none.py'), ['config configs/none.py does not exist']),
-        pytest.param(
-            ('train.py', CONFIG, '--amp'),
-            ['--amp needs a GPU'],
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
-        ),
         (('test.py', CONFIG, 'none.pth'), ['checkpoint none.pth does not exist', 'tools/train.py']),
         (
             ('train.py', 'configs/dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py'),
             ['data/coco/annotations/instances_train2017.json does not exist', 'mim download mmdet'],
         ),
     ],
-    ids=['config', 'no GPU', 'checkpoint', 'coco'],
+    ids=['config', 'checkpoint', 'coco'],
 )
 def test_what_is_missing_is_named_with_what_to_do(arguments: tuple, words: list[str], tmp_path: Path) -> None:
     result = run(*arguments, '--work-dir', tmp_path)

@@ -31,6 +31,13 @@ void dispatch_compute(ScalarType type, const Body& body) {
   }
 }
 
+// The same, for bfloat16 as well.
+template <typename Body>
+void dispatch_product(ScalarType type, const Body& body) {
+  if (type == ScalarType::BFloat16) return body(torch::headeronly::BFloat16{});
+  dispatch_compute(type, body);
+}
+
 // Calls body(T{}) with the C++ type of a storage type.
 template <typename Body>
 void dispatch_storage(ScalarType type, const char* name, const Body& body) {

@@ -49,13 +49,15 @@ ImageBatch image_batch(const ConvGeometry& g, bool copies, bool may_split, int64
 }
 
 // What is faster on this processor: the type itself, or the one that is computed in.
-ScalarType multiply_type(ScalarType storage) { return Linear::packs(storage) ? storage : compute_type(storage); }
+ScalarType multiply_type(ScalarType storage, const ConvGeometry& g) {
+  return storage == ScalarType::BFloat16 && g.groups == 1 && Linear::packs(storage) ? storage : compute_type(storage);
+}
 
 Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& bias) {
   const auto& [g, input, offset, mask, weight, allow_tf32] = call;  // there is no TF32 on a CPU
   const Tensor output = torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(),
                                              std::nullopt, input.device(), std::nullopt, memory_format(input));
-  const ScalarType type = compute_type(input.scalar_type()), product_type = multiply_type(input.scalar_type());
+  const ScalarType type = compute_type(input.scalar_type()), product_type = multiply_type(input.scalar_type(), g);
   dispatch_storage(product_type, "input", [&](auto zero) {
     using scalar_t = decltype(zero);
     using T = compute_t<scalar_t>;
@@ -68,10 +70,8 @@ Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& 
       const Tensor part = slice(input, 1, begin, channels.size());
       for (int64_t first = 0; first < g.batch; first += step.images) {
         const int64_t count = std::min(step.images, g.batch - first);
-        const Tensor target = nhwc_view(output, first, count);
         forward.run(sample_plan<T>(g, offset, mask, type, first, count),
-                    nhwc_rows<scalar_t>(part, first, count, product_type),
-                    torch::stable::view(target, {count, g.positions(), g.out_channels}));
+                    nhwc_rows<scalar_t>(part, first, count, product_type), slice(output, 0, first, count));
       }
     }
   });
@@ -88,16 +88,17 @@ DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const
   const Tensor grad_mask = empty_gradient(output_mask[2], mask.value_or(offset), type);
   const Tensor grad_weight = empty_gradient(output_mask[3], weight, weight.scalar_type());
 
-  const Tensor grad_positions =
-      torch::stable::reshape(permute(grad_output, {0, 2, 3, 1}), {g.batch, g.positions(), g.out_channels});
-  dispatch_compute(type, [&](auto zero) {
-    using T = decltype(zero);
+  const bool in_bfloat16 = input.scalar_type() == ScalarType::BFloat16 && groups == 1 && has_bfloat16_product();
+  const ScalarType product_type = in_bfloat16 ? ScalarType::BFloat16 : type;
+  dispatch_product(product_type, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using T = compute_t<scalar_t>;
     const bool copies_grad_input = output_mask[0] && !is_nhwc_matrix(grad_input, type);
     const bool copies = copies_grad_input || !is_nhwc_rows(input, type) || offset.scalar_type() != type;
     const ImageBatch step = image_batch(g, copies, /*may_split=*/true, sizeof(T));
     for (int64_t begin = 0; begin < g.in_channels; begin += step.channels) {
       const ChannelRange channels{begin, std::min(begin + step.channels, g.in_channels)};
-      ConvBackward<T> backward(g, channels, weight, output_mask, type);
+      ConvBackward<scalar_t> backward(g, channels, weight, output_mask, type);
       const Tensor part = slice(input, 1, begin, channels.size());
       for (int64_t first = 0; first < g.batch; first += step.images) {
         const int64_t count = std::min(step.images, g.batch - first);
@@ -108,8 +109,9 @@ DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const
         const Rows<T> grad_rows{sum, static_cast<T*>(sum.data_ptr()),
                                 copies_grad_input ? channels.size() : g.in_channels};
         const int64_t samples = first * g.samples_per_position() * g.positions();
-        backward.run(sample_plan<T>(g, offset, mask, type, first, count), nhwc_rows<T>(part, first, count, type),
-                     grad_rows, slice(grad_positions, 0, first, count),
+        backward.run(sample_plan<T>(g, offset, mask, type, first, count),
+                     nhwc_rows<scalar_t>(part, first, count, product_type), grad_rows,
+                     slice(grad_output, 0, first, count),
                      output_mask[1] ? static_cast<T*>(grad_offset.data_ptr()) + 2 * samples : nullptr,
                      output_mask[2] ? static_cast<T*>(grad_mask.data_ptr()) + samples : nullptr);
         if (copies_grad_input) torch::stable::copy_(target, sum);

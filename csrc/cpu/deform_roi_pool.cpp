@@ -198,16 +198,16 @@ struct ShiftGradient {
 template <typename T>
 class Backward {
  public:
-  Backward(const RoIGeometry& g, const Plan<T>& plan, const ImageChannels& part, const Rows<T>& rows,
-           const std::optional<Rows<T>>& grad_rows, bool needs_offset)
+  // Without rows of the input there are no gradients of shifts, without those of its gradient no such gradient.
+  Backward(const RoIGeometry& g, const Plan<T>& plan, const ImageChannels& part, const std::optional<Rows<T>>& rows,
+           const std::optional<Rows<T>>& grad_rows)
       : g_(g),
         plan_(plan),
         part_(part),
         rows_(rows),
         grad_rows_(grad_rows),
-        needs_offset_(needs_offset),
         blocks_((part.channels + kBlockChannels - 1) / kBlockChannels),
-        shift_gradients_(needs_offset ? blocks_ * part.rois.size() * g.bins() : 0) {}
+        shift_gradients_(rows ? blocks_ * part.rois.size() * g.bins() : 0) {}
 
   // Adds to grad_rows, and to grad_offset [N, 2, P] if it is not null, from grad_output [N, P, C].
   void run(const T* grad_output, T* grad_offset) {
@@ -225,10 +225,10 @@ class Backward {
   void run_block(int64_t block, int64_t first, Count channels, const T* grad_output) {
     ShiftGradient<T>* gradient = shift_gradients_.data() + block * part_.rois.size() * g_.bins();
     for (const int64_t roi : part_.rois) {
-      for (int64_t bin = 0; bin < g_.bins(); ++bin, gradient += needs_offset_) {
+      for (int64_t bin = 0; bin < g_.bins(); ++bin) {
         const T* grad = grad_output + (roi * g_.bins() + bin) * g_.channels + part_.first_channel + first;
         if (grad_rows_) scatter(plan_[roi], bin, first, channels, grad);
-        if (needs_offset_) *gradient = dot(plan_[roi], bin, first, channels, grad);
+        if (rows_) *gradient++ = dot(plan_[roi], bin, first, channels, grad);
       }
     }
   }
@@ -254,7 +254,7 @@ class Backward {
     ShiftGradient<T> sum{0, 0};
     for (const PixelWeight<T>& y : roi.rows(bin)) {
       for (const PixelWeight<T>& x : roi.columns(bin)) {
-        const T* pixel = rows_.at(y.pixel * g_.width + x.pixel, channel);
+        const T* pixel = rows_->at(y.pixel * g_.width + x.pixel, channel);
         T product = 0;
 #pragma omp simd reduction(+ : product)
         for (int64_t c = 0; c < channels; ++c) {
@@ -279,9 +279,8 @@ class Backward {
   const RoIGeometry& g_;
   const Plan<T>& plan_;
   const ImageChannels& part_;
-  const Rows<T>& rows_;
+  const std::optional<Rows<T>>& rows_;
   const std::optional<Rows<T>>& grad_rows_;
-  bool needs_offset_;
   int64_t blocks_;
   std::vector<ShiftGradient<T>> shift_gradients_;  // [blocks, regions of the part, P]
 };
@@ -299,8 +298,10 @@ DeformRoIPoolGradients deform_roi_pool_backward(const DeformRoIPoolCall& call, c
     using T = decltype(zero);
     const Plan<T> plan(g, rois, offset, type);
     const bool copies_grad_input = output_mask[0] && !is_nhwc_matrix(grad_input, type);
-    for_each_image(g, plan, copies_grad_input || !is_nhwc_rows(input, type), [&](const ImageChannels& part) {
-      const Rows<T> rows = nhwc_rows<T>(channels_of(input, part), part.image, 1, type);
+    const bool copies_input = output_mask[1] && !is_nhwc_rows(input, type);
+    for_each_image(g, plan, copies_grad_input || copies_input, [&](const ImageChannels& part) {
+      const std::optional<Rows<T>> rows =
+          output_mask[1] ? std::optional(nhwc_rows<T>(channels_of(input, part), part.image, 1, type)) : std::nullopt;
       std::optional<Rows<T>> grad_rows;
       Tensor target;
       if (output_mask[0]) {
@@ -309,7 +310,7 @@ DeformRoIPoolGradients deform_roi_pool_backward(const DeformRoIPoolCall& call, c
         if (copies_grad_input) torch::stable::zero_(sum);
         grad_rows = Rows<T>{sum, data<T>(sum), copies_grad_input ? part.channels : g.channels};
       }
-      Backward<T>(g, plan, part, rows, grad_rows, output_mask[1])
+      Backward<T>(g, plan, part, rows, grad_rows)
           .run(data<const T>(grad_bins), output_mask[1] ? data<T>(grad_offset) : nullptr);
       if (copies_grad_input) torch::stable::copy_(target, grad_rows->images);
     });

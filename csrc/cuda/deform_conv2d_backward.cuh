@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 
 #include "deform_conv2d_call.cuh"
 
@@ -26,6 +27,15 @@ void add_deterministically(const Sampling<scalar_t>& tile, const Corners<compute
   const bool stable = true, descending = false;
   const Tensor order = call_torch("aten::argsort", "stable", pixels, stable, int64_t{0}, descending);
   launch_add_sorted_corners(tile, corners, data<int64_t>(order), grad_rows);
+}
+
+template <typename scalar_t>
+void add_weight_gradient(const DeviceCall<scalar_t>& call, scalar_t* grads, const Sampling<scalar_t>& tile,
+                         const Matrices& grad_weight, bool adds) {
+  Matrices transposed = call.by_group(grads, tile);
+  transposed.transposed = true;
+  matrix_product(transposed, call.columns(tile), grad_weight, call.geometry.groups, call.geometry.group_out_channels(),
+                 call.depth(), tile.count, adds, call.allow_tf32);
 }
 
 template <typename scalar_t>
@@ -81,12 +91,7 @@ void backward(DeviceCall<scalar_t>& call, const Tensor& grad_output, const Gradi
         launch_input_gradient(tile, input_sum);
       }
       launch_backpropagate(tile, grad_offset, grad_mask, gradients.needs_weight);
-      if (!gradients.needs_weight) return;
-      Matrices transposed = call.by_group(grads, tile);
-      transposed.transposed = true;
-      matrix_product(transposed, call.columns(tile), grad_weight, g.groups, g.group_out_channels(), call.depth(),
-                     tile.count, adds, call.allow_tf32);
-      adds = true;
+      if (gradients.needs_weight) add_weight_gradient(call, grads, tile, grad_weight, std::exchange(adds, true));
     });
     if (sums) grad_input->write(input_sum, first, images);
   });

@@ -18,7 +18,7 @@ inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                
                                             const Tensor& rois,                   // [N, 5]
                                             const std::optional<Tensor>& offset,  // [N, 2, ph, pw]
                                             const std::vector<int64_t>& output_size, double spatial_scale,
-                                            int64_t sampling_ratio, double gamma) {
+                                            int64_t sampling_ratio, double gamma, bool aligned) {
   check_rank(input, "input", 4);
   check_rank(rois, "rois", 2);
   STD_TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
@@ -30,6 +30,7 @@ inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                
   g.batch = input.size(0), g.channels = input.size(1), g.height = input.size(2), g.width = input.size(3);
   g.rois = rois.size(0), g.out_height = output_size[0], g.out_width = output_size[1];
   g.spatial_scale = spatial_scale, g.gamma = gamma, g.sampling_ratio = sampling_ratio;
+  g.aligned = aligned;
   STD_TORCH_CHECK(g.channels > 0 && g.height > 0 && g.width > 0, "input must have channels and pixels, got ",
                   to_string(input.sizes()));
   check_below_2_31({g.height, g.width}, "the size of an image");
@@ -73,10 +74,10 @@ template <auto kForward, auto kBackward>
 struct DeformRoIPoolKernels {
   static Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                         const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
-                        double gamma) {
+                        double gamma, bool aligned) {
     return with_readable_errors([&] {
       const RoIGeometry g =
-          deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
+          deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned);
       return kForward(DeformRoIPoolCall{g, input, rois, offset});
     });
   }
@@ -84,11 +85,11 @@ struct DeformRoIPoolKernels {
   static DeformRoIPoolGradients backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
                                          const std::optional<Tensor>& offset, double spatial_scale,
                                          int64_t sampling_ratio, double gamma, const std::vector<bool>& output_mask,
-                                         bool deterministic) {
+                                         bool /*deterministic*/, bool aligned) {
     return with_readable_errors([&] {
       check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
       const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
-                                                     spatial_scale, sampling_ratio, gamma);
+                                                     spatial_scale, sampling_ratio, gamma, aligned);
       return kBackward(DeformRoIPoolCall{g, input, rois, offset}, grad_output, output_mask);
     });
   }

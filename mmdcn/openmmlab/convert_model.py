@@ -7,7 +7,7 @@ import mmcv.ops
 from torch import nn
 
 from mmdcn.checkpoints import accept_version1_keys
-from mmdcn.modules.predictors import make_predictors
+from mmdcn.nn._predictors import make_predictors
 from mmdcn.openmmlab.counterparts import LAYERS
 from mmdcn.openmmlab.log_changes import log_changes
 

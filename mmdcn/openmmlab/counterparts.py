@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmdcn import modules, ops
 from mmdcn.ops._arguments import overridable
 from mmdcn.ops._autocast import without_autocast
-from mmdcn.reference.conv2d import output_shape
+from mmdcn.reference.geometry import output_shape
 
 Sizes = int | tuple[int, int]  # one for both axes, or (y, x)
 

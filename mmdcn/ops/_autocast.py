@@ -14,7 +14,7 @@ def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast; torch has none for a device that knows no autocast, such as meta."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if _knows_autocast(device) else nullcontext()

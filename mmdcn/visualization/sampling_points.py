@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from mmdcn._private_hooks import tree_leaves
 from mmdcn.visualization.grids import Grid, GridTracker, window_grid
 from mmdcn.visualization.sampling import Sampling, watched
 
@@ -136,7 +136,7 @@ class SamplingRecorder:
         deep = [layer for layer in self.layers if len(self.stack(layer.name)) >= depth]
         return min(reversed(deep or self.layers), key=lambda layer: abs(log2(8 * layer.grid.stride[0] / max(size, 1))))
 
-    def _start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _start(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         images = _images(args, kwargs)
         self.layers.clear()
         self.image_size = (images.shape[-2], images.shape[-1])
@@ -174,7 +174,7 @@ class SamplingRecorder:
             )
         )
 
-    def _finish(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+    def _finish(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if layer in self._calls:
             index = self._calls[layer]
             grid = self.layers[index].grid
@@ -188,7 +188,7 @@ class SamplingRecorder:
         return Grid((stride[0], stride[1]), ((stride[0] - 1) / 2, (stride[1] - 1) / 2))
 
 
-def _images(args: tuple, kwargs: dict[str, Any]) -> Tensor:  # [B, C, H, W] or [C, H, W]
+def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # [B, C, H, W] or [C, H, W]
     """Give the images among what a module is called with: mmengine's models take them by keyword, or in lists."""
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and value.dim() in (3, 4):

@@ -10,8 +10,14 @@ Views, each a picture in --out-dir:
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
+# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
+    os.environ['GOMP_SPINCOUNT'] = '10000'
 
 from matplotlib.figure import Figure
 

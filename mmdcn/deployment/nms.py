@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing among candidates with shapes that do not depend on the data: best scores, and non-maximum suppression."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmdcn.ops  # noqa: F401  (loads the core)
+
+NONE = -1.0  # the score of a place with no candidate
+
+
+class Candidates(NamedTuple):
+    """Boxes of a batch of images, as many for each; a place with the score `NONE` is empty."""
+
+    boxes: Tensor  # [B, N, 4], (x1, y1, x2, y2)
+    scores: Tensor  # [B, N]
+    groups: Tensor  # [B, N]: a box suppresses those of its own group alone
+
+    def take(self, scores: Tensor, index: Tensor) -> 'Candidates':  # both [B, K]
+        """Select candidates by their places, with other scores."""
+        boxes = self.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        return Candidates(boxes, scores, self.groups.gather(1, index))
+
+
+@torch.library.register_fake('mmdcn::nms_mask')
+def _fake(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)
+
+
+def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Find the `count` best scores of each image, and their places; there may be fewer than that.
+
+    Args:
+        scores: The scores, [B, N].
+        count: How many to find.
+
+    Returns:
+        The scores, in descending order, and the places, both [B, count]; for lack of scores, `NONE` at any place.
+    """
+    padded = F.pad(scores, (0, count), value=NONE)
+    top, index = padded.topk(count)
+    return top, index.clamp(max=scores.shape[1] - 1)
+
+
+def suppress(candidates: Candidates, nms: Mapping[str, Any], count: int) -> Candidates:
+    """Suppress what `mmcv.ops.batched_nms` does, and keep the best `count` candidates of each image.
+
+    Args:
+        candidates: The candidates.
+        nms: The config, such as `dict(type='nms', iou_threshold=0.5)`.
+        count: How many to keep; images with fewer have empty places.
+    """
+    boxes = candidates.boxes
+    if not nms.get('class_agnostic', False):
+        # mmcv moves the groups apart; so do we, since this rounds the boxes of later groups.
+        present = (candidates.scores > NONE)[..., None]
+        step = torch.where(present, boxes, 0).amax((1, 2), keepdim=True) + 1
+        boxes = boxes + candidates.groups[..., None] * step
+    kept = torch.ops.mmdcn.nms_mask(boxes, candidates.scores, float(nms['iou_threshold']), NONE)
+    return candidates.take(*best(candidates.scores.masked_fill(~kept, NONE), count))
+
+
+def check_nms(nms: Mapping[str, Any] | None, place: str) -> None:
+    """Check that `suppress` can do what a config asks for.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    known = {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
+    if nms is None or nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.keys() - known:
+        raise ValueError(
+            f"{place}.nms must be dict(type='nms', iou_threshold=…), with class_agnostic at most, to be exported, "
+            f'got {nms}'
+        )

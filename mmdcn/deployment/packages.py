@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of exported detectors: written, with what a program must know to use them, and loaded again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmdcn.deployment.detector import export
+
+INPUTS = ('images', 'sizes')
+OUTPUTS = ('boxes', 'scores', 'labels')
+Detections = tuple[Tensor, Tensor, Tensor]  # what Detector.forward returns
+
+
+def describe(model: Any, cfg: Config) -> dict[str, str]:
+    """Tell what a program must do with an image before a detector sees it, and what the labels mean.
+
+    Args:
+        model: The detector.
+        cfg: Its config.
+
+    Returns:
+        Numbers are separated by spaces, class names by line ends:
+
+        - `classes`: the name of each label.
+        - `channels`: `rgb` or `bgr`, their order in `images`.
+        - `mean`, `std`: of each channel, in that order; `images` are (pixel - mean) / std, pixels from 0 to 255.
+        - `pad_size_divisor`, `pad_value`: images are padded at the right and the bottom, after they are normalized,
+          with this value to multiples of this size.
+        - `scale`, `keep_ratio`: the arguments of the `Resize` of the test pipeline, if it has one.
+    """
+    preprocessor = model.data_preprocessor
+    normalizes = preprocessor._enable_normalize
+    # Pictures are loaded as BGR.
+    facts: dict[str, Any] = {
+        'classes': '\n'.join(model.dataset_meta['classes']),
+        'channels': 'rgb' if preprocessor._channel_conversion else 'bgr',
+        'mean': preprocessor.mean.flatten().tolist() if normalizes else [0.0] * 3,
+        'std': preprocessor.std.flatten().tolist() if normalizes else [1.0] * 3,
+        'pad_size_divisor': preprocessor.pad_size_divisor,
+        'pad_value': preprocessor.pad_value,
+    }
+    for transform in cfg.get('test_pipeline', ()):
+        if transform['type'].split('.')[-1] == 'Resize':
+            facts |= {key: transform[key] for key in ('scale', 'keep_ratio') if key in transform}
+    return {key: _text(value) for key, value in facts.items()}
+
+
+def _text(value: Any) -> str:
+    return ' '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def export_onnx(model: nn.Module, path: Path | str, metadata: dict[str, str], **settings: Any) -> None:
+    """Write a detector as an ONNX model of standard operators alone.
+
+    Args:
+        model: The detector.
+        path: The file to write.
+        metadata: What `describe` tells, or more; for the model's `metadata_props`.
+        settings: Arguments of `mmdcn.deployment.export`.
+
+    Raises:
+        NotImplementedError: If the detector, or a part of it, predicts in a way that cannot be exported.
+        ValueError: If its `test_cfg` asks for another suppression than `nms`.
+    """
+    from mmdcn.onnx import TRANSLATIONS  # needs onnxscript
+
+    program = torch.onnx.export(
+        export(model, **settings),
+        input_names=INPUTS,
+        output_names=OUTPUTS,
+        custom_translation_table=TRANSLATIONS,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None  # as it is with dynamo=True
+    program.model.metadata_props.update(metadata)
+    program.save(str(path))
+
+
+def export_aoti(model: nn.Module, path: Path | str, metadata: dict[str, str], **settings: Any) -> None:
+    """Compile a detector with AOTInductor, for machines like this one.
+
+    Args:
+        model: The detector, on the device where it is to run.
+        path: The file to write, whose name ends with .pt2.
+        metadata: What `describe` tells, or more; for the package's metadata.
+        settings: Arguments of `mmdcn.deployment.export`.
+
+    Raises:
+        NotImplementedError: If the detector, or a part of it, predicts in a way that cannot be exported.
+        ValueError: If its `test_cfg` asks for another suppression than `nms`, or the name does not end with .pt2.
+    """
+    if Path(path).suffix != '.pt2':
+        raise ValueError(f'the name of a package must end with .pt2, got {path}')
+    torch._inductor.aoti_compile_and_package(
+        export(model, **settings), package_path=str(path), inductor_configs={'aot_inductor.metadata': metadata}
+    )
+
+
+def load(path: Path | str) -> Callable[[Tensor, Tensor], Detections]:
+    """Load what `export_onnx` or `export_aoti` has written: ONNX Runtime runs the former, on the CPU.
+
+    Args:
+        path: The file, whose name ends with .onnx or .pt2.
+
+    Returns:
+        A function with the arguments and results of `Detector.forward`.
+
+    Raises:
+        ValueError: If the name ends with anything else.
+    """
+    suffix = Path(path).suffix
+    if suffix == '.pt2':
+        return torch._inductor.aoti_load_package(str(path))
+    if suffix != '.onnx':
+        raise ValueError(f'the name of an exported detector must end with .onnx or .pt2, got {path}')
+    import onnxruntime  # optional
+
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+
+    def detect(images: Tensor, sizes: Tensor) -> Detections:
+        arrays = session.run(OUTPUTS, dict(zip(INPUTS, (images.cpu().numpy(), sizes.cpu().numpy()), strict=True)))
+        boxes, scores, labels = map(torch.from_numpy, arrays)
+        return boxes, scores, labels
+
+    return detect

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test an exported detector beside the one it was made of: average precision, and how far detections are apart."""
+
+import argparse
+import sys
+
+import torch
+from mmengine.structures import InstanceData
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mmdcn import deployment
+from mmdcn.engine.launch import LaunchError, add_arguments, build_runner, explained, load_config, run
+
+TOLERANCE = 1e-4
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='the config file')
+    parser.add_argument('checkpoint', help='the checkpoint file')
+    parser.add_argument('exported', help='the exported detector, .onnx or .pt2')
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+class Recorder(nn.Module):
+    """A detector that remembers what it has detected."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector, self.found = detector, {}
+
+    def test_step(self, data: dict) -> list:
+        samples = self.detector.test_step(data)
+        self.found |= {sample.img_id: sample.pred_instances.cpu() for sample in samples}
+        return samples
+
+
+def print_table(metrics: list[dict[str, float]], found: list[dict[int, InstanceData]]) -> None:
+    table = Table('metric', 'PyTorch', 'exported', box=box.MARKDOWN)
+    for name, value in metrics[0].items():
+        table.add_row(name, f'{value:.3f}', f'{metrics[1][name]:.3f}')
+    apart = torch.cat([deployment.distances(found[0][image], found[1][image]) for image in found[0]])
+    close = apart <= TOLERANCE
+    table.add_row('detections', *(str(sum(map(len, each.values()))) for each in found))
+    table.add_row(f'of them not within {TOLERANCE} of one of the other', '', str(int((~close).sum())))
+    table.add_row('largest difference, in pixels or of scores', '', f'{apart.max():.1e}')
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    cfg.load_from = args.checkpoint
+    try:
+        detect = deployment.load(args.exported)
+    except (OSError, ValueError) as error:
+        raise LaunchError(str(error)) from error
+    with explained(cfg):
+        runner = build_runner(cfg, 'test')
+        runner.load_or_resume()  # before the model gets a wrapper, whose keys would be others
+        detector = runner.model
+        metrics, found = [], []
+        for model in (detector, deployment.ExportedDetector(detector.data_preprocessor, detect)):
+            runner.model = Recorder(model)
+            metrics.append(runner.test())
+            found.append(runner.model.found)
+    print_table(metrics, found)
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))
