@@ -115,7 +115,9 @@ def _model(runner: Runner) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def _pictures(recorder: SamplingRecorder, data_batch: dict, outputs: Sequence[Any]) -> dict[str, np.ndarray]:
+def _pictures(
+    recorder: SamplingRecorder, data_batch: dict[str, Any], outputs: Sequence[Any]
+) -> dict[str, np.ndarray[Any, Any]]:
     """Draw the sampling points around the best detection, or the middle of the image, and the maps."""
     from mmdcn.visualization.drawing import Picture, maps_figure, pixels_of, points_figure
 

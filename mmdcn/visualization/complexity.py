@@ -77,7 +77,7 @@ def detector_complexity(model: Any, height: int, width: int) -> DetectorComplexi
     return DetectorComplexity(layers, uncounted)
 
 
-def _batch(height: int, width: int) -> dict:
+def _batch(height: int, width: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     size = (height, width)
     sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), img_id=0))

@@ -26,7 +26,7 @@ class Picture:
     Pixel (y, x) of the network's input lies on (y + 0.5) / scale - 0.5 of the image, the same for x.
     """
 
-    pixels: np.ndarray  # [H, W, 3], RGB, uint8
+    pixels: np.ndarray[Any, Any]  # [H, W, 3], RGB, uint8
     scale: tuple[float, float] = (1.0, 1.0)  # (y, x)
 
     def from_input(self, places: Tensor) -> Tensor:  # [..., 2] -> [..., 2]
@@ -76,8 +76,8 @@ class Detection:
 
 
 def new_figure(
-    rows: int, columns: int, pixels: np.ndarray, width: float = 3.4, beside: float = 0.0
-) -> tuple[Figure, np.ndarray]:
+    rows: int, columns: int, pixels: np.ndarray[Any, Any], width: float = 3.4, beside: float = 0.0
+) -> tuple[Figure, np.ndarray[Any, Any]]:
     """Make a figure of images that are so many inches wide, with room beside each, and its axes [rows, columns].
 
     It is not among pyplot's, and needs no display.
@@ -88,10 +88,9 @@ def new_figure(
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def pixels_of(figure: Figure) -> np.ndarray:  # [H, W, 3], RGB, uint8
+def pixels_of(figure: Figure) -> np.ndarray[Any, Any]:  # [H, W, 3], RGB, uint8
     """Draw a figure."""
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
+    canvas: Any = figure.canvas
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -54,7 +54,7 @@ def explorer_page(
     return page.replace('{{ data }}', text)
 
 
-def _data_url(pixels: np.ndarray) -> str:
+def _data_url(pixels: np.ndarray[Any, Any]) -> str:
     _, encoded = cv2.imencode('.jpg', np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])
     return 'data:image/jpeg;base64,' + base64.b64encode(encoded.tobytes()).decode()
 

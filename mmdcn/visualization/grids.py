@@ -129,7 +129,7 @@ class GridTracker(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._grids: dict[_Key, Grid] = {}
 
     def note(self, tensor: Tensor, grid: Grid) -> None:
@@ -144,7 +144,9 @@ class GridTracker(TorchDispatchMode):
         """Forget all grids."""
         self._grids.clear()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run an operator, and note the grids of its outputs."""
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         grids = [(value.shape[-2:], grid) for value in inputs if (grid := self.grid_of(value))]

@@ -103,7 +103,7 @@ def inspect(model: Any, path: str | Path, score: float = 0.3) -> Inspection:
     return Inspection(model, picture, recorder, detections, inputs['inputs'])
 
 
-def _read(path: str | Path) -> np.ndarray:  # [H, W, 3], BGR
+def _read(path: str | Path) -> np.ndarray[Any, Any]:  # [H, W, 3], BGR
     if not Path(path).is_file():
         raise LaunchError(f'image {path} does not exist')
     pixels = mmcv.imread(str(path))
