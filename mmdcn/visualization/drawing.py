@@ -90,10 +90,9 @@ def new_figure(
 
 def pixels_of(figure: Figure) -> np.ndarray[Any, Any]:  # [H, W, 3], RGB, uint8
     """Draw a figure."""
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def draw_points(

@@ -46,7 +46,7 @@ def watched(model: nn.Module, saw: Callable[[nn.Module, Sampling], None]) -> Ite
             handle.remove()
 
 
-def _packed(name: str, layer: Any, saw: Callable[..., Any]) -> Callable[..., Any]:
+def _packed(name: str, layer: Any, saw: Callable[[nn.Module, Sampling], None]) -> Callable[..., None]:
     def hook(conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         taps = layer.deform_groups * layer.kernel_size[0] * layer.kernel_size[1]
         mask = output[:, 2 * taps :].detach().float().sigmoid() if output.shape[1] == 3 * taps else None
@@ -55,7 +55,7 @@ def _packed(name: str, layer: Any, saw: Callable[..., Any]) -> Callable[..., Any
     return hook
 
 
-def _unpacked(name: str, layer: Any, saw: Callable[..., Any]) -> Callable[..., Any]:
+def _unpacked(name: str, layer: Any, saw: Callable[[nn.Module, Sampling], None]) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given: dict[str, Any] = dict(zip(('x', 'offset', 'mask'), args, strict=False)) | kwargs
         saw(layer, _sampling(name, layer, given['x'], given['offset'], given.get('mask')))
