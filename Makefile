@@ -1,4 +1,4 @@
-# Two targets do everything: `make demo` and `make test`. Each sets up what it needs in .venv, once.
+# The two main targets are `make demo` and `make test`. Each sets up what it needs in .venv, once, and compiles no mmcv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,22 +11,30 @@ WORK_DIR := work_dirs/$(notdir $(CONFIG:.py=))
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-openmmlab test-torchvision zoo-check lint setup bench sanitize wheel gpu-check clean
+.PHONY: demo test test-mmcv test-openmmlab test-torchvision zoo-check lint setup bench sanitize wheel docs gpu-check clean
 
 demo: $(WORK_DIR)/demo.png
 	@cat $(WORK_DIR)/results.txt
 	@echo "Detections and sampling points: $(WORK_DIR)/demo.png"
 
-test: $(VENV)/core.stamp
-	@echo "== Testing, about 16 minutes on 2 cores =="
-	$(BIN)/pytest
+# A process for each core, and a thread for each process: most of the tests' time is Python's. A file stays in one process.
+PYTEST = OMP_NUM_THREADS=1 $(1) -n $$(nproc) --maxprocesses=8 --dist=loadfile
 
-# The same on OpenMMLab's own last releases, in an environment of their own.
+test: $(VENV)/core.stamp
+	@echo "== Testing, about 10 minutes on 2 cores =="
+	$(call PYTEST,$(BIN)/pytest)
+
+# The comparisons with mmcv's own operators, which are compiled once, in an environment that has all else of .venv.
+test-mmcv: $(VENV)-mmcv/mmcv.stamp
+	@echo "== Comparing with mmcv's compiled operators, about 4 minutes on 2 cores =="
+	$(call PYTEST,$(VENV)-mmcv/bin/python -m pytest) -m mmcv_ops
+
+# The tests on OpenMMLab's own last releases, in a separate environment.
 test-openmmlab:
 	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
 
-# The comparisons with torchvision. Its 0.29 needs torch 2.14, which has only builds for CUDA, of some gigabytes: so it is not
-# in the environment of `make test`. The core is the one that was built there.
+# The comparisons with torchvision, in a separate environment: torchvision 0.29 needs torch 2.14, which exists only as a
+# build for CUDA of some gigabytes. The core is that of `make test`.
 TORCHVISION := .venv-torchvision/bin
 test-torchvision: $(VENV)/core.stamp
 	@echo "== Setting up .venv-torchvision: some gigabytes =="
@@ -35,7 +43,7 @@ test-torchvision: $(VENV)/core.stamp
 	$(TORCHVISION)/python -c 'import torch, torchvision.ops; print("torch", torch.__version__, "torchvision", torchvision.__version__)'
 	PYTHONPATH=. $(TORCHVISION)/python -m pytest -k torchvision tests/test_deform_conv2d.py tests/test_deform_roi_pool.py
 
-# Every checkpoint of the zoo gives the average precision that its metafile says.
+# Checks that every checkpoint of the zoo reaches the AP in its metafile.
 zoo-check: $(VENV)/core.stamp data/mnist_scenes data/neon_trees
 	$(BIN)/python tools/zoo_check.py
 
@@ -43,13 +51,13 @@ lint: $(VENV)/core.stamp
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
 bench: $(VENV)/core.stamp
-	@echo "== Measuring every shape and peer: leave the machine alone meanwhile =="
+	@echo "== Measuring every shape and peer: run nothing else meanwhile =="
 	$(PIP) install -r requirements/bench.txt
 	$(BIN)/python benchmarks/run.py deform_conv2d --cases all
 	$(BIN)/python benchmarks/run.py deform_roi_pool --cases all
 
-# The operators' tests on a core that checks every address and every undefined operation. It needs more memory than the
-# tests of too little memory and of the workspace leave.
+# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, about 10 minutes on 2 cores. The tests that
+# limit memory are left out: the sanitizers need more.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/core.stamp
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r mmdcn $(SANITIZED) && rm -f $(SANITIZED)/mmdcn/*.so
@@ -61,28 +69,40 @@ sanitize: $(VENV)/core.stamp
 	for set in avx2 avx512; do cp $(SANITIZED)/mmdcn/_C.abi3.so $(SANITIZED)/mmdcn/_C_$$set.abi3.so; done
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(abspath $(SANITIZED))" \
-	$(BIN)/pytest -p no:cacheprovider -k 'not too_little_memory and not workspace' \
+	$(call PYTEST,$(BIN)/pytest) --dist=worksteal -p no:cacheprovider -k 'not too_little_memory and not workspace' \
 	  $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_fuzz.py roi_pool.py)
 
-# One wheel for every Python and torch, made from the sdist. Its libraries find torch's in the process, so that none is
-# copied into it. The check has the packages of .venv, but mmdcn from the wheel.
+# One wheel for every Python and torch, built from the sdist. torch's libraries are not copied into it: at run time they
+# are loaded already. The tests use the packages of .venv, but mmdcn from the wheel. Then README's ways to install it are
+# tried in fresh environments, each PYTHON:TORCH of WHEEL_TRIES; all but that of .venv download some gigabytes.
 WHEEL_CHECK := build/wheel-check
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+WHEEL_TRIES ?= $(BIN)/python:2.13.0 python3.10:2.10.0 python3.13:2.14.1
+WHEEL_LIMIT := 4000000
 wheel: $(VENV)/core.stamp
-	@echo "== Building the wheel, about 2 minutes on 2 cores =="
+	@echo "== Building the wheels, about 2 minutes on 2 cores =="
 	$(PIP) install -r requirements/wheel.txt
 	rm -rf dist $(WHEEL_CHECK)
 	$(BIN)/python -m build --no-isolation
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
-	@echo "== Testing it in an environment of its own =="
+	for name in mmdcn-zoo mmdcn-mmcv; do $(BIN)/python -m build --no-isolation --wheel --outdir dist packages/$$name; done
+	@$(BIN)/python -m zipfile -l dist/mmdcn-*.whl | grep -v '\.mim/'
+	@ls -l dist
+	@test $$(stat -c %s dist/mmdcn-*.whl) -le $(WHEEL_LIMIT) || { echo "error: mmdcn's wheel has more than $(WHEEL_LIMIT) bytes"; exit 1; }
+	@echo "== Testing them in a separate environment =="
 	$(BIN)/python -m venv $(WHEEL_CHECK)
-	$(WHEEL_CHECK)/bin/pip install --no-deps -r requirements/mim.txt dist/*.whl
+	$(WHEEL_CHECK)/bin/pip install --no-deps -r requirements/mim.txt dist/mmdcn-*.whl dist/mmdcn_zoo-*.whl
 	$(BIN)/python $(SITE) > "$$($(WHEEL_CHECK)/bin/python $(SITE))/venv.pth"
 	cp -r tests pyproject.toml $(WHEEL_CHECK)
 	cd $(WHEEL_CHECK) && bin/python -m pytest $(addprefix tests/test_,deform_conv2d.py deform_conv2d_errors.py deform_roi_pool.py extension.py packaging.py)
-	@$(BIN)/python -m zipfile -l dist/*.whl | grep -v '\.mim/'
-	@ls -l dist
+	for try in $(WHEEL_TRIES); do packages/try_install.sh dist "$${try%%:*}" "$${try##*:}"; done
+
+# The documentation site. Its API pages come from the docstrings, its tables of promises from the tests.
+docs: $(VENV)/core.stamp
+	$(PIP) install -r requirements/docs.txt
+	$(BIN)/python -m sphinx -b html --fail-on-warning --keep-going -c docs . build/docs
+	@echo "Open build/docs/index.html"
 
 # On a machine with a GPU, in 5 minutes: the operators' tests, the memory checkers, the benchmark, a training step, and a
 # page with all of it in build/gpu-check-results. It takes the wheel that `make wheel` left in dist, or the folder GPU_CHECK_SITE
@@ -94,19 +114,41 @@ gpu-check:
 
 setup: $(VENV)/core.stamp
 
-# mmcv is compiled here, which its own build must be told to do; pip keeps the wheel for the next time.
+# mmcv compiles its operators where it finds torch, so it is built in isolation. pip's cache may hold a compiled wheel, so
+# it is not used. packages/mmdcn-mmcv puts mmdcn's operators in their place.
+MMCV := $(shell grep '^[a-z-]*mmcv[a-z-]*==' $(OPENMMLAB))
 $(VENV)/openmmlab.stamp: requirements/build.txt $(OPENMMLAB)
-	@echo "== Setting up $(VENV): torch, then mmcv, which compiles for about 7 minutes on 2 cores =="
+	@echo "== Setting up $(VENV): torch and OpenMMLab, about 2 minutes once they are downloaded =="
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -r requirements/build.txt
-	MMCV_WITH_OPS=1 $(PIP) install --no-build-isolation -r $(OPENMMLAB)
+	$(PIP) install --no-cache-dir --no-deps --force-reinstall $(MMCV)
+	$(PIP) install --no-build-isolation -r $(OPENMMLAB)
 	touch $@
 
-$(VENV)/core.stamp: $(VENV)/openmmlab.stamp requirements/dev.txt requirements/deepspeed.txt setup.py pyproject.toml $(shell find csrc -type f)
-	@echo "== Building mmdcn's core, about 3 minutes with nvcc =="
+$(VENV)/core.stamp: $(VENV)/openmmlab.stamp requirements/dev.txt requirements/deepspeed.txt setup.py pyproject.toml \
+  $(shell find csrc -type f) $(wildcard packages/mmdcn-mmcv/*.toml packages/mmdcn-mmcv/mmcv/*.py)
+	@echo "== Building mmdcn's core, about 1 minute, and 3 with nvcc =="
 	$(PIP) install -r requirements/dev.txt
 	$(PIP) install --no-deps --upgrade --target $(VENV)/deepspeed -r requirements/deepspeed.txt
 	$(PIP) install --no-build-isolation --editable .
+	$(PIP) install --no-build-isolation --no-deps --force-reinstall packages/mmdcn-mmcv
+	touch $@
+
+# pip keeps the wheel for the next time. If it has kept one without operators, that goes.
+COMPILED := build/compiled-$(firstword $(subst =, ,$(MMCV)))
+$(VENV)-mmcv/mmcv.stamp: $(VENV)/openmmlab.stamp | $(VENV)/core.stamp
+	@echo "== Compiling mmcv's operators, once: 7 minutes on 2 fast cores, up to 30 on slow ones; all of it in $(COMPILED).log =="
+	rm -rf $(VENV)-mmcv $(COMPILED) && mkdir -p $(COMPILED)
+	compile() { \
+	  MMCV_WITH_OPS=1 $(PIP) wheel -v --no-build-isolation --no-deps -w $(COMPILED) $(subst -lite,,$(MMCV)) 2>&1 | \
+	  tee $(COMPILED).log | sed -un 's/.*\[\([0-9]*\)\/\([0-9]*\)\].*/compiled \1 of \2 files/p' || { tail -30 $(COMPILED).log; exit 1; }; }; \
+	has_operators() { $(BIN)/python -m zipfile -l $(COMPILED)/*.whl | grep '_ext.*\.so' > /dev/null; }; \
+	compile; \
+	has_operators || { $(PIP) cache remove '*mmcv*'; rm $(COMPILED)/*.whl; compile; has_operators; }
+	$(BIN)/python -m venv $(VENV)-mmcv
+	$(VENV)-mmcv/bin/pip --disable-pip-version-check install --no-index --no-deps $(COMPILED)/*.whl
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" > "$$($(VENV)-mmcv/bin/python $(SITE))/venv.pth"
+	$(VENV)-mmcv/bin/python -c 'import mmcv._ext; print("mmcv runs on", mmcv._ext.__file__)'
 	touch $@
 
 data/mnist_scenes: $(VENV)/core.stamp
@@ -120,14 +162,14 @@ data/neon_trees: $(VENV)/core.stamp
 	touch $@
 
 $(WORK_DIR)/results.txt: $(CONFIG) | data/mnist_scenes
-	@echo "== Training a DCNv2 detector, about 8 minutes on 2 cores; stopped, it goes on from its last checkpoint =="
+	@echo "== Training a DCNv2 detector, about 8 minutes on 2 cores; if stopped, it continues from its last checkpoint =="
 	$(BIN)/python tools/train.py $(CONFIG) --resume
 	@echo "== Testing it =="
 	$(BIN)/python tools/test.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" | tee $(WORK_DIR)/test.log
 	grep '^|' $(WORK_DIR)/test.log > $@
 
 $(WORK_DIR)/demo.png: $(WORK_DIR)/results.txt
-	$(BIN)/python tools/analysis_tools/draw_sampling_points.py $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --out $@
+	$(BIN)/python tools/analysis_tools/visualize_offsets.py $$(ls data/mnist_scenes/test/* | head -8) $(CONFIG) "$$(cat $(WORK_DIR)/last_checkpoint)" --views detections --score 0.5 --out-dir $(@D) && mv $(@D)/detections.png $@
 
 clean:
-	rm -rf build dist *.egg-info mmdcn/*.so .venv*/core.stamp
+	rm -rf build dist *.egg-info packages/*/build packages/*/*.egg-info mmdcn/*.so .venv*/core.stamp

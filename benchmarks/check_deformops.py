@@ -8,7 +8,7 @@ from deform_conv2d import CASES, deformops_deform_conv2d, make_inputs, mmdcn_def
 
 
 def differences(case_number: int, device: str) -> dict[str, float]:
-    """Give the relative difference of the output and of each gradient, all in the layout of deformops."""
+    """Return the relative difference of the output and of each gradient, all in the layout of deformops."""
     x = make_inputs(CASES[device]['deformops'][case_number], device)
     ours = list(training_call(mmdcn_deform_conv2d, x)())
     output, image, offset, weight, mask = ours

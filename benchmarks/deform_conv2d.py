@@ -36,6 +36,7 @@ class Case:
     mask: bool = True
     dtype: torch.dtype = torch.float32
     offset_dtype: torch.dtype | None = None  # of offset and mask; None: dtype
+    operator: bool = False  # measured without the public function as well
     deformops: bool = False  # which tries 40 configurations for each shape before its first result
 
 
@@ -44,6 +45,7 @@ C3 = Case('c3', 128, 100, 168)
 C4 = Case('c4', 256, 50, 84)
 C5 = Case('c5', 512, 25, 42)
 STAGES = (C3, C4, C5)
+DETECTOR = Case('160 x 160 detector', 64, 20, 20, batch=8)
 VARIANTS = (
     replace(C4, name='c4 stride 2', stride=2, height=25, width=42),
     replace(C4, name='c4 4 offset groups', offset_groups=4),
@@ -51,7 +53,13 @@ VARIANTS = (
     replace(C4, name='c4 no mask', mask=False),
     replace(C4, name='c4 1x1', kernel=1),
     replace(C4, name='c4 5x5', kernel=5),
-    Case('160 x 160 detector', 64, 20, 20, batch=8),
+    DETECTOR,
+)
+GROUPS = (
+    C4,
+    replace(C4, name='c4 32 groups', groups=32),
+    replace(C4, name='c4 64 offset groups', offset_groups=64),
+    replace(C4, name='c4 1x1', kernel=1),
 )
 
 
@@ -59,8 +67,24 @@ def stages(name: str, **changes: Any) -> tuple[Case, ...]:
     return tuple(replace(stage, name=f'{stage.name} {name}', **changes) for stage in STAGES)
 
 
+def square(size: int, channels: int, batch: int) -> tuple[Case, ...]:
+    """Give the 3x3 of c3, c4 and c5 at a square image, where c3 has so many channels."""
+    return tuple(
+        Case(f'c{i + 3}, {size} x {size}, batch {batch}', channels << i, size // 8 >> i, size // 8 >> i, batch)
+        for i in range(3)
+    )
+
+
+SMALL = (
+    Case('tiny: 1x4x6x6', 4, 6, 6, batch=1, operator=True),
+    *square(160, 64, 8),  # the demo's: ResNet-18 of half the width
+    *square(320, 128, 1),
+    *square(640, 128, 1),
+)
+
+
 def low(dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
-    """Give the types of a low-precision layer on a GPU, whose offsets stay float32."""
+    """Return the types of a low-precision layer on a GPU, whose offsets stay float32."""
     return {'dtype': dtype, 'offset_dtype': torch.float32, **changes}
 
 
@@ -70,6 +94,9 @@ CASES = {
         'batch-1': stages('batch 1', batch=1),
         'bf16': stages('bf16', dtype=torch.bfloat16),
         'variants': VARIANTS,
+        'small': SMALL,
+        'groups': GROUPS,
+        'busy': (*STAGES, DETECTOR),
     },
     'cuda': {
         'stages': stages('fp32', batch=16),
@@ -151,6 +178,12 @@ def conv2d(x: Inputs) -> Tensor:
 
 def mmdcn_deform_conv2d(x: Inputs) -> Tensor:
     return mmdcn.ops.deform_conv2d(x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask)
+
+
+def mmdcn_operator(x: Inputs) -> Tensor:
+    geometry = (x.stride, x.stride), (x.padding, x.padding), (1, 1)
+    operator = torch.ops.mmdcn.deform_conv2d.default
+    return operator(x.input, x.offset, x.mask, x.weight, None, *geometry, x.groups, x.offset_groups)
 
 
 def mmcv_deform_conv2d(x: Inputs) -> Tensor:
@@ -244,7 +277,7 @@ Candidate = tuple[Callable[[Inputs], Tensor], Inputs]
 
 
 def common_candidates(case: Case, device: str) -> dict[str, Candidate]:
-    """Give the functions, each with its inputs, whose forward and backward can be measured."""
+    """Return the functions, each with its inputs, whose forward and backward can be measured."""
     x = make_inputs(case, device)
     y = x.channels_last()
     candidates = {
@@ -257,13 +290,15 @@ def common_candidates(case: Case, device: str) -> dict[str, Candidate]:
     }
     if device == 'cpu':
         candidates['reference'] = (reference_deform_conv2d, x)
+    if case.operator:
+        candidates['mmdcn operator'] = (mmdcn_operator, x)
     if case.deformops:
         candidates['deformops'] = (deformops_deform_conv2d, x.channels_inside())
     return candidates
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Give what builds each candidate's call."""
+    """Return what builds each candidate's call."""
     candidates = common_candidates(case, device)
     builds: dict[str, Build] = {name: partial(partial, *candidate) for name, candidate in candidates.items()}
     if device == 'cpu' and case.dtype == torch.float32:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable RoI pooling: the levels of a feature pyramid, against RoIAlign and everything else that computes it."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -99,6 +101,23 @@ def mmcv_roi_align(x: Inputs) -> Tensor:
     return roi_align(x.input, x.rois, (7, 7), 1.0, 0, 'avg', True)
 
 
+@cache
+def roi_align_on_mmdcn() -> ModuleType:
+    """Give another copy of mmcv's RoIAlign, which runs as it does where mmcv is not compiled."""
+    from mmdcn.openmmlab import mmcv_ext
+
+    origin = importlib.import_module('mmcv.ops.roi_align').__file__
+    spec = importlib.util.spec_from_file_location('mmcv.ops.roi_align_on_mmdcn', origin)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.ext_module = mmcv_ext
+    return module
+
+
+def mmcv_on_mmdcn(x: Inputs) -> Tensor:
+    return roi_align_on_mmdcn().roi_align(x.input, x.rois, (7, 7), 1.0, 0, 'avg', True)
+
+
 def torchvision_roi_align(x: Inputs) -> Tensor:
     from torchvision.ops import roi_align
 
@@ -111,6 +130,7 @@ def candidates_of(case: Case, device: str) -> dict[str, tuple[Callable[[Inputs],
     return {
         'roi_align of mmcv': (mmcv_roi_align, x),
         'roi_align of torchvision': (torchvision_roi_align, x),
+        'mmcv on mmdcn': (mmcv_on_mmdcn, x),
         'mmdcn without offsets': (mmdcn_without_offsets, x),
         'the same, channels_last': (mmdcn_without_offsets, y),
         'mmdcn': (mmdcn_deform_roi_pool, x),
@@ -120,7 +140,7 @@ def candidates_of(case: Case, device: str) -> dict[str, tuple[Callable[[Inputs],
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Give what builds each candidate's call."""
+    """Return what builds each candidate's call."""
     return {name: partial(partial, *candidate) for name, candidate in candidates_of(case, device).items()}
 
 

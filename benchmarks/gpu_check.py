@@ -16,13 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpu_check_page import combined_charts, page, summary
+from gpu_check_site import find_site, unpack_peers
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / 'benchmarks'
@@ -132,7 +132,7 @@ class Step:
         return ', '.join(f'{count} {outcome}' for outcome, count in list(self.counts.items()))
 
     def record(self) -> dict[str, Any]:
-        """Give what is kept of it; `read` may go on meanwhile."""
+        """Return what is kept of it; `read` may go on meanwhile."""
         ended_well = self.status in ('passed', 'running')
         return {
             'name': self.name,
@@ -170,7 +170,7 @@ class Check:
         self.log.write_text('')
         self.steps: list[Step] = []
         self.triton_cache = self.work / 'triton'
-        self.peers = unpacked_peers(args.peers, self.work / 'peers')
+        self.peers = unpack_peers(args.peers, self.work / 'peers')
         path = [str(site), *map(str, self.peers), os.environ.get('PYTHONPATH', '')]
         self.env = {
             'PYTHONPATH': os.pathsep.join(filter(None, path)),
@@ -219,34 +219,6 @@ class Check:
         (self.out / 'gpu-check.part').replace(self.out / 'gpu-check.json')
         (self.out / 'gpu-check.md').write_text(page(record))
         return record
-
-
-def unpacked(wheel: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    return folder
-
-
-def find_site(site: Path | None, work: Path) -> Path:
-    """Give the folder with mmdcn: the one that is named, or what is in the wheel that `make wheel` left in dist."""
-    if site is not None:
-        if not list(site.glob('mmdcn/_C_cuda*.so')):
-            raise SystemExit(f'--site {site} must hold mmdcn/_C_cuda.abi3.so, the CUDA library; it does not')
-        return site.resolve()
-    wheels = list((ROOT / 'dist').glob('mmdcn-*.whl'))
-    if len(wheels) != 1:
-        raise SystemExit(f'dist must hold one wheel of mmdcn, it holds {len(wheels)}: run `make wheel`, or name --site')
-    return unpacked(wheels[0], work / 'site')
-
-
-def unpacked_peers(folder: Path | None, target: Path) -> list[Path]:
-    """Unpack the wheels of a folder; without any, it is taken for one with packages."""
-    if folder is None or not folder.is_dir():
-        return []
-    wheels = sorted(folder.glob('*.whl'))
-    for wheel in wheels:
-        unpacked(wheel, target)
-    return [target if wheels else folder.resolve()]
 
 
 def python(*arguments: object) -> list[str]:
@@ -313,7 +285,7 @@ def read_sanitizer(step: Step, log: Path) -> None:
 
 
 def sanitizer_errors(log: str) -> tuple[list[str], list[str]]:
-    """Give the reports of compute-sanitizer's log that name a kernel of mmdcn, and the others, each in one line."""
+    """Return the reports of compute-sanitizer's log that name a kernel of mmdcn, and the others, each in one line."""
     ours, others = [], []
     for block in re.split(r'^=========\s*$', log, flags=re.MULTILINE):
         lines = [line.removeprefix('=========').strip() for line in block.splitlines()]

@@ -52,7 +52,7 @@ def ratios(group: str, mode: str, above: str, below: str) -> Callable[[dict[str,
 
 
 def memory(candidate: str) -> Callable[[dict[str, Results]], list[float]]:
-    """Give the MiB of a candidate's forward at c3 in fp16, beside inputs and output."""
+    """Return the MiB of a candidate's forward at c3 in fp16, beside inputs and output."""
 
     def figures(groups: dict[str, Results]) -> list[float]:
         rows = groups.get('deform_conv2d-fp16', {}).get(FORWARD, {})
@@ -103,7 +103,7 @@ GOALS = (
 
 
 def loaded(record: Record) -> dict[str, Results]:
-    """Give the groups of a record by operator and group, whatever the device and its threads."""
+    """Return the groups of a record by operator and group, whatever the device and its threads."""
     return {stem.partition('-cuda')[0]: load(group) for stem, group in record['groups'].items()}
 
 
@@ -135,7 +135,7 @@ def goals_table(record: Record) -> str:
 
 
 def facts(record: Record) -> str:
-    """Give the machine, from the first group that names it."""
+    """Return the machine, from the first group that names it."""
     for group in record['groups'].values():
         known = {key: value for key, value in group['machine'].items() if value != 'not installed' and key != 'clock'}
         return tabulate(known.items(), headers=['', ''], tablefmt='github') + '\n'

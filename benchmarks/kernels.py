@@ -115,7 +115,7 @@ class Kernel:
 
 
 def natural_loops(code: list[Instruction]) -> list[set[int]]:
-    """Give the indices of the instructions of each loop: what reaches a branch back without its head."""
+    """Return the indices of the instructions of each loop: what reaches a branch back without its head."""
     graph = networkx.DiGraph()
     index = {instruction.address: i for i, instruction in enumerate(code)}
     graph.add_nodes_from(range(len(code)))
@@ -143,7 +143,7 @@ def dominates(head: int, node: int | None, dominators: dict[int, int | None]) ->
 
 
 def inner_loop(code: list[Instruction]) -> list[Instruction]:
-    """Give the loop without another in it that loads the most, whole vectors first; the whole kernel if none loads."""
+    """Return the innermost loop that loads the most, whole vectors first; the whole kernel if no loop loads."""
 
     def loaded(loop: set[int]) -> tuple[int, int]:
         sizes = [code[i].loaded_bytes for i in loop]
@@ -167,7 +167,7 @@ def blocks_per_multiprocessor(architecture: str, registers: int, shared_bytes: i
 
 
 def parse_code(listing: str) -> Iterator[tuple[str, str, list[Instruction]]]:
-    """Give architecture, name and instructions of each function that cuobjdump lists."""
+    """Yield architecture, name and instructions of each function that cuobjdump lists."""
     architecture, name, code = '', '', []
     for line in listing.splitlines():
         if found := ARCHITECTURE.search(line):
@@ -188,7 +188,7 @@ def code_of(name: str, code: list[Instruction]) -> tuple[str, str, list[Instruct
 
 
 def parse_resources(listing: str) -> dict[tuple[str, str], tuple[int, int]]:
-    """Give registers and bytes of shared memory by architecture and function."""
+    """Return registers and bytes of shared memory by architecture and function."""
     found, architecture, name = {}, '', ''
     for line in listing.splitlines():
         if match := ARCHITECTURE.search(line):
@@ -201,7 +201,7 @@ def parse_resources(listing: str) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def parse_threads(listing: str) -> dict[tuple[str, str], int]:
-    """Give the most threads of a block by architecture and function, where the source bounds them."""
+    """Return the most threads of a block by architecture and function, where the source bounds them."""
     found, architecture, name, bound = {}, '', '', False
     for line in listing.splitlines():
         if match := ARCHITECTURE.search(line):

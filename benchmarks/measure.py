@@ -3,10 +3,15 @@
 
 import ctypes
 import gc
+import math
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -18,6 +23,9 @@ Call = Callable[[], object]
 # Idle threads of ONNX Runtime and OpenMP look for work for a while, and so take a core from the next candidate.
 SETTLE_SECONDS = 0.2
 LONG_SECONDS = 0.5  # against which it does not matter that threads wake up
+LEAST_SECONDS = 0.005  # of one timing on a CPU, which repeats shorter calls: the first after a pause is slow
+WAITING = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')  # what decides how the threads of OpenMP wait for each other
+BUSY_LOOP = 'import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))'
 
 
 @dataclass
@@ -51,12 +59,34 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, call in candidates.items():
+            count = 1
             if device == 'cpu':
                 time.sleep(SETTLE_SECONDS)
                 if warm_ups[name] < LONG_SECONDS:
                     call()  # wakes its own threads, which then have a core each
-            seconds[name].append(timer(call))
+                count = math.ceil(LEAST_SECONDS / warm_ups[name])
+            seconds[name].append(timer(repeated(call, count)) / count)
     return {name: Measurement(seconds[name], peaks[name]) for name in candidates}
+
+
+def repeated(call: Call, count: int) -> Call:
+    def run() -> None:
+        for _ in range(count):
+            call()
+
+    return run if count > 1 else call
+
+
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Keep that many cores busy meanwhile, as other programs do."""
+    loops = [subprocess.Popen([sys.executable, '-c', BUSY_LOOP]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def time_once(call: Call, device: str) -> float:
@@ -126,6 +156,7 @@ def machine(device: str, packages: tuple[str, ...]) -> dict[str, str]:
         'processor': _processor(),
         'instructions': torch.backends.cpu.get_cpu_capability(),
         'threads': str(torch.get_num_threads()),
+        'waiting': ', '.join(f'{k}={os.environ[k]}' for k in WAITING if k in os.environ) or "OpenMP's default",
         'system': f'{platform.system()} {platform.machine()}, Python {platform.python_version()}',
     }
     if device == 'cuda':

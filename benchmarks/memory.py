@@ -32,7 +32,7 @@ def peak_mebibytes(call: Call) -> str:
 
 def main() -> None:
     m_mmap_threshold = -3
-    # So that glibc gives back at once what is freed, and the peak is that of what is in use.
+    # Makes glibc return freed memory at once, so that the peak is that of memory in use.
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
     rows = []
     for case in tqdm(CASES, unit='case'):

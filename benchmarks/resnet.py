@@ -22,7 +22,7 @@ LOW = {'cuda': torch.float16, 'cpu': torch.bfloat16}
 
 
 class DeformConv2dPack(nn.Module):
-    """A 3x3 convolution with offsets and masks of its own, as DCNv2 has them at first: zeros and halves."""
+    """A 3x3 DCNv2 convolution with the initial offsets and masks: zeros and halves."""
 
     def __init__(self, conv: nn.Conv2d, operator: str) -> None:
         super().__init__()

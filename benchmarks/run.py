@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
-from measure import Call, Measurement, machine, measure
+from measure import Call, Measurement, busy_loops, machine, measure
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -28,8 +28,9 @@ Results = dict[str, dict[str, Row]]  # by mode and case
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool'], help='what to measure')
+    parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool', 'nms'], help='what to measure')
     parser.add_argument('--cases', nargs='+', default=[], help='groups of shapes, or "all"; none: the first group')
+    parser.add_argument('--candidates', nargs='+', metavar='NAME', help='measure only those whose names begin so')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on the CPU')
     parser.add_argument('--repeats', type=int, default=7, help='how often each candidate is timed')
@@ -54,12 +55,12 @@ def usable(candidates: dict[str, Callable[[], Call]], skipped: dict[str, str]) -
 
 
 def base_of(row: Row, baseline: str) -> float:
-    """Give the better of the baseline's layouts."""
+    """Return the better of the baseline's layouts."""
     return min((m.median for name, m in row.items() if name.startswith(baseline)), default=math.nan)
 
 
 def table(rows: dict[str, Row], baseline: str) -> str:
-    """Give ratios to the better of the baseline's layouts, geometric means last, and milliseconds."""
+    """Return ratios to the better of the baseline's layouts, geometric means last, and milliseconds."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = []
     ratios: dict[str, list[float]] = {name: [] for name in names}
@@ -83,7 +84,7 @@ def table(rows: dict[str, Row], baseline: str) -> str:
 
 
 def memory_table(rows: dict[str, Row]) -> str:
-    """Give peaks in MiB; nothing where none is known."""
+    """Return peaks in MiB; nothing where none is known."""
     names = list(dict.fromkeys(name for row in rows.values() for name, m in row.items() if m.peak_bytes is not None))
     if not names:
         return ''
@@ -97,7 +98,7 @@ def memory_table(rows: dict[str, Row]) -> str:
 
 
 def report(results: Results, title: str, baseline: str) -> str:
-    """Give both tables of each mode that has results."""
+    """Return both tables of each mode that has results."""
     parts = []
     for mode, rows in results.items():
         if rows:
@@ -136,7 +137,7 @@ def bars(ax: plt.Axes, rows: dict[str, Row], baseline: str) -> None:
 
 
 def load(record: dict[str, Any]) -> Results:
-    """Give the measurements of what `write` wrote."""
+    """Return the measurements of what `write` wrote."""
     return {
         mode: {case: {name: Measurement(**m) for name, m in row.items()} for case, row in rows.items()}
         for mode, rows in record['results'].items()
@@ -158,15 +159,20 @@ def measure_group(
     operator: ModuleType, group: str, args: argparse.Namespace, facts: dict[str, str], path: Path
 ) -> dict[str, str]:
     """Measure every mode and case of a group into a file; give who could not run, and why."""
-    modes = {'forward': operator.forward_candidates, 'forward + backward': operator.training_candidates}
+    modes = {'forward': operator.forward_candidates}
+    if hasattr(operator, 'training_candidates'):
+        modes['forward + backward'] = operator.training_candidates
     results: Results = {mode: {} for mode in modes}
     skipped: dict[str, str] = {}
     wall = args.device == 'cpu' or group in operator.WALL_GROUPS
     facts = {**facts, 'clock': "the host's" if wall else "the GPU's"}
     work = [(mode, case) for mode in modes for case in operator.CASES[args.device][group]]
     for mode, case in tqdm(work, desc=group, unit='case'):
-        calls = usable(modes[mode](case, args.device), skipped)
-        results[mode][case.name] = measure(calls, args.device, args.repeats, wall=wall)
+        builds = modes[mode](case, args.device)
+        wanted = tuple(args.candidates or builds)
+        calls = usable({name: build for name, build in builds.items() if name.startswith(wanted)}, skipped)
+        with busy_loops(2 if group == 'busy' else 0):
+            results[mode][case.name] = measure(calls, args.device, args.repeats, wall=wall)
         write(facts, results, skipped, path)
     print(f'\n{report(results, args.operator, operator.BASELINE)}', flush=True)
     for name, reason in skipped.items():

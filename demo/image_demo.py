@@ -2,8 +2,14 @@
 """Draw the boxes that a detector finds on a picture, or on every picture of a folder."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
+# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
+    os.environ['GOMP_SPINCOUNT'] = '10000'
 
 from mmdcn import DetInferencer
 from mmdcn.engine.launch import LaunchError, run

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from mmdcn._private_hooks import has_avx2, has_avx512
+
 _X86_64_V3 = {'avx2', 'fma3', 'f16c', 'bmi', 'bmi2', 'lzcnt'}
 _X86_64_V4 = _X86_64_V3 | {'avx512_f', 'avx512_bw', 'avx512_cd', 'avx512_dq', 'avx512_vl'}
 # The widest first: what torch calls its instruction set, and what the library's code needs.
@@ -20,7 +22,8 @@ _OLDEST_TORCH = (2, 10)
 _OLDEST_CAPABILITY = (8, 0)  # the first of CUDA_ARCHITECTURES in setup.py
 _BUILD = 'Build it with `pip install --no-build-isolation .` in a checkout of mmdcn'
 
-_cuda_error: ImportError | None = None
+libraries: list[Path] = []  # that are loaded
+cuda_error: ImportError | None = None  # why the CUDA library is not
 
 
 def load() -> None:
@@ -32,7 +35,7 @@ def load() -> None:
     Raises:
         ImportError: If torch is too old, or the CPU library is missing or does not load.
     """
-    global _cuda_error
+    global cuda_error
     # Of the version the numbers alone: a build on the way to 2.10, as vendors' images have, is 2.10.0a0+….
     if tuple(map(int, torch.__version__.split('.')[:2])) < _OLDEST_TORCH:
         oldest = '.'.join(map(str, _OLDEST_TORCH))
@@ -41,12 +44,12 @@ def load() -> None:
             f"Upgrade it with `pip install 'torch>={oldest}'`"
         )
     path = _load_library(_cpu_library())
-    ctypes.c_bool.in_dll(ctypes.CDLL(str(path)), 'mmdcn_knows_onednn').value = _knows_onednn()
+    ctypes.c_bool.in_dll(ctypes.CDLL(str(path)), 'mmdcn_knows_onednn').value = knows_onednn()
     if torch.version.cuda is not None:
         try:
             _load_library('_C_cuda')
         except ImportError as error:
-            _cuda_error = error
+            cuda_error = error
 
 
 def _processor_features() -> set[str]:
@@ -54,8 +57,8 @@ def _processor_features() -> set[str]:
     if hasattr(torch.cpu, 'get_capabilities'):
         return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
     # An older torch has these two answers alone.
-    features = _X86_64_V3 if torch.cpu._is_avx2_supported() else set()
-    return features | (_X86_64_V4 if torch.cpu._is_avx512_supported() else set())
+    features = _X86_64_V3 if has_avx2() else set()
+    return features | (_X86_64_V4 if has_avx512() else set())
 
 
 def _cpu_library() -> str:
@@ -70,7 +73,7 @@ def _cpu_library() -> str:
     return '_C'
 
 
-def _knows_onednn() -> bool:
+def knows_onednn() -> bool:
     """Tell whether torch has the operators of oneDNN with the very arguments that the core gives them.
 
     It may lack them, and a later one may give them more. The core then uses torch's plain product.
@@ -89,10 +92,10 @@ def check_device(device: torch.device) -> None:
     Raises:
         RuntimeError: If the CUDA library was not loaded, or the device is older than all that it was compiled for.
     """
-    if _cuda_error is not None:
+    if cuda_error is not None:
         raise RuntimeError(
-            f'mmdcn cannot run on {device}: {_cuda_error}, with nvcc on the PATH; or use the CPU'
-        ) from _cuda_error
+            f'mmdcn cannot run on {device}: {cuda_error}, with nvcc on the PATH; or use the CPU'
+        ) from cuda_error
     _check_capability(device, torch.cuda.get_device_capability(device))
 
 
@@ -115,4 +118,5 @@ def _load_library(name: str) -> Path:
         raise ImportError(
             f'{path} does not load into torch {torch.__version__}: {error}. It may be of another system. {_BUILD}'
         ) from error
+    libraries.append(path)
     return path

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference with the models of the zoo."""
 
+from typing import Any
+
 import mmdet.apis
 from mmengine.config import Config
 
@@ -18,13 +20,13 @@ class DetInferencer(mmdet.apis.DetInferencer):
     The other arguments, and those of a call, are mmdet's.
 
     Raises:
-        mmdcn.zoo.ZooError: If the zoo has no such model, or its weights are not to be had.
+        mmdcn.zoo.ZooError: If the zoo has no such model, or its weights cannot be found or fetched.
     """
 
     def _load_model_from_metafile(self, model: str) -> tuple[Config, str]:
         found = zoo.find(model)
         return Config.fromfile(found.config), found.weights
 
-    def _get_transform_idx(self, pipeline_cfg: list[dict], name: tuple[str | type, ...]) -> int:
+    def _get_transform_idx(self, pipeline_cfg: list[dict[str, Any]], name: tuple[str | type, ...]) -> int:
         # mmdet 3.3.0 looks for the one transform that it asks for by its name without a scope.
         return super()._get_transform_idx(pipeline_cfg, (*name, 'mmdcn.LoadImageFromFile'))

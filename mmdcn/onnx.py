@@ -55,11 +55,14 @@ def _deform_roi_pool(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
+    aligned: bool = True,
 ) -> Any:
     images = op.Cast(op.Gather(rois, op.Constant(value_int=0), axis=1), to=INT64.dtype)
     corners = op.Slice(rois, [1], [5], [1])
     if offset is None:
-        return _roi_align(input, corners, images, output_size, spatial_scale, sampling_ratio)
+        return _roi_align(input, corners, images, output_size, spatial_scale, sampling_ratio, aligned)
+    if not aligned:
+        raise ValueError('deform_roi_pool with offsets and aligned=False has no form in ONNX: use aligned=True')
     height, width = output_size
     # The pooling of a bin is RoIAlign of the bin as a region of its own, in pixels of the input.
     bins = _moved_bins(op.Mul(corners, _floats(spatial_scale)), offset, output_size, sampling_ratio, gamma)
@@ -91,12 +94,25 @@ def _moved_bins(corners: Any, offset: Any, output_size: list[int], sampling_rati
 
 
 def _roi_align(
-    input: Any, corners: Any, images: Any, output_size: list[int], spatial_scale: float, sampling_ratio: int
+    input: Any,
+    corners: Any,
+    images: Any,
+    output_size: list[int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool = True,
 ) -> Any:
     return op.RoiAlign(
-        input, corners, images, coordinate_transformation_mode='half_pixel', mode='avg', output_height=output_size[0],
-        output_width=output_size[1], spatial_scale=spatial_scale, sampling_ratio=sampling_ratio,
-    )  # fmt: skip
+        input,
+        corners,
+        images,
+        coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel',
+        mode='avg',
+        output_height=output_size[0],
+        output_width=output_size[1],
+        spatial_scale=spatial_scale,
+        sampling_ratio=sampling_ratio,
+    )
 
 
 def _floats(*values: float) -> Any:
@@ -117,7 +133,7 @@ def _nms_mask(boxes: Any, scores: Any, iou_threshold: float, score_threshold: fl
     return op.Cast(op.ScatterND(op.ConstantOfShape(op.Shape(scores)), places, ones), to=BOOL.dtype)
 
 
-TRANSLATIONS: dict[Callable, Callable] = {
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.mmdcn.deform_conv2d.default: _deform_conv2d,
     torch.ops.mmdcn.deform_roi_pool.default: _deform_roi_pool,
     torch.ops.mmdcn.nms_mask.default: _nms_mask,

@@ -4,6 +4,6 @@
 A config imports it by `custom_imports=dict(imports=['mmdcn.overrides'])`.
 """
 
-from mmdcn.patching import override_names
+from mmdcn.openmmlab.switches import override_names
 
 override_names()

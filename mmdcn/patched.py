@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wider switch: once this module is imported, mmdet's own heads and necks are on mmdcn too.
+"""The old name of `mmdcn.overrides_everywhere`, for one release."""
 
-A config of RepPoints, VFNet or TOOD imports it by `custom_imports=dict(imports=['mmdcn.patched'])`; `mmdcn.overrides`
-is enough where mmdet asks its registry for the layer.
-"""
+import warnings
 
-from mmdcn.patching import patch_mmdet
+from mmdcn.openmmlab.switches import patch_mmdet
 
+warnings.warn(
+    'mmdcn.patched is now mmdcn.overrides_everywhere: name that in custom_imports. The old name goes with the next '
+    'release',
+    FutureWarning,
+    stacklevel=2,
+)
 patch_mmdet()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compiled_mmcv import has_compiled_mmcv
 
 
 @pytest.fixture(params=['cpu', 'cuda'])
@@ -12,6 +13,13 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == 'cuda' and not torch.cuda.is_available():
         pytest.skip('torch finds no CUDA device')
     return request.param
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs mmcv's compiled operators where there are none, unless it is asked for by `-m mmcv_ops`."""
+    if item.get_closest_marker('mmcv_ops') and not has_compiled_mmcv():
+        missing = "mmcv's compiled operators are not installed: `make test-mmcv` compiles them"
+        pytest.fail(missing) if item.config.option.markexpr == 'mmcv_ops' else pytest.skip(missing)
 
 
 def pytest_runtest_logfinish() -> None:

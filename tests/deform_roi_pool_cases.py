@@ -29,6 +29,7 @@ class Call:
     spatial_scale: float
     sampling_ratio: int
     gamma: float
+    aligned: bool = True
 
     def __call__(self, function: Callable[..., Tensor]) -> Tensor:
         return function(**{field.name: getattr(self, field.name) for field in fields(self)})
@@ -55,6 +56,7 @@ class Case:
     batch: int = 2
     offset: bool = True
     reach: float = 1.0  # of the regions: 1 for as large as the image
+    aligned: bool = True
 
     def draw(self, dtype: torch.dtype = torch.float64, device: str | torch.device = 'cpu', seed: int = 0) -> Call:
         """Draw a call; bfloat16 has too few digits for its places, which are in float32 then."""
@@ -76,6 +78,7 @@ class Case:
             spatial_scale=self.spatial_scale,
             sampling_ratio=self.sampling_ratio,
             gamma=self.gamma,
+            aligned=self.aligned,
         )
         if self.offset:
             call = replace(call, offset=(2 * whole(-5, 5, len(call.rois), 2, *self.bins) + 1) / 8)
@@ -87,6 +90,8 @@ class Case:
 CASES = {
     'defaults': Case(),
     'no offsets': Case(offset=False),
+    'not aligned': Case(aligned=False),
+    'not aligned, less than a pixel': Case(aligned=False, reach=0.1, bins=(1, 3), spatial_scale=0.25),
     'two samples': Case(sampling_ratio=2),
     'many samples': Case(sampling_ratio=7, size=(5, 4)),
     'one bin': Case(bins=(1, 1)),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from compiled_mmcv import has_compiled_mmcv
 from deform_conv2d_cases import LAYOUTS, Call, Case, assert_close, draw_grad_output, expected_gradients, gradients
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -105,7 +106,7 @@ class Tally:
 
 def with_mmcv(drawn: Drawn) -> dict[str, Tensor] | None:
     """Give what mmcv gives, if it can answer: it has no bfloat16, no empty batch, one layout and one type."""
-    if importlib.util.find_spec('mmcv') is None or importlib.util.find_spec('mmcv._ext') is None:
+    if not has_compiled_mmcv():
         return None
     from mmcv.ops import modulated_deform_conv2d
 

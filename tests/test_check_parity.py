@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.mmcv_ops
+
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools/analysis_tools/check_parity.py'
 SMALL = ROOT / 'configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py'
@@ -98,7 +100,7 @@ def test_it_fails_if_a_config_has_no_parity(wrong: subprocess.CompletedProcess) 
         r'larger_config.py: outputs differ by more than 0.0001 of the largest value',
         r'backbone.layer2.0.conv2.extra: nothing on mmcv, \(64, 3, 3\) on mmdcn',
         r'the model on mmcv ran 0 deformable operators, that on mmdcn 0: there should be',
-        r"that on mmdcn \{'DeformConv2dFunction': 10\}: each should run its own. .*mmdcn.patched",
+        r"that on mmdcn \{'DeformConv2dFunction': 10\}: each should run its own. .*mmdcn.overrides_everywhere",
     ],
     ids=['outputs', 'parameters', 'no deformable layer', 'layers left on mmcv'],
 )

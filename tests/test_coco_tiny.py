@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import coco_tiny
 import cv2
 import numpy as np
 import pytest
@@ -14,6 +13,8 @@ from mmdet.registry import DATASETS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from pycocotools.coco import COCO
+
+from mmdcn.datasets import coco_tiny
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/coco_tiny/coco_tiny.py'

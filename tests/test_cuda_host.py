@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA source, run by the host: all of it but the files that have a twin in cuda_host.
+"""The CUDA source, run by the host: all of it but the files that have a twin in cuda_host, which are put over them.
 
 The twin runs the warps of a block in an order drawn from MMDCN_HOST_SEED, and refuses unaligned vectors. What needs a
 GPU (the launches, torch's products) is tested where there is one.
@@ -7,6 +7,7 @@ GPU (the launches, torch's products) is tested where there is one.
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import deform_roi_pool_cases as roi_pool
 import pytest
 import torch
 from deform_conv2d_cases import CASES, Case, draw_grad_output
+from nms_cases import draw as draw_boxes
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,7 @@ CALLS['many taps'] = Case((8, 2), (6, 5), (2, 7), padding=(1, 3), offset_groups=
 # One whose tiles are whole rows, wider than a patch.
 CALLS['patches'] = Case((8, 2), (9, 10), (2, 3), padding=(1, 1))
 ROI_CASES = roi_pool.CASES | roi_pool.LARGE
+STEMS = ('deform_conv2d', 'deform_conv2d_fused', 'deform_roi_pool', 'nms')
 # Of input, offset and weight; one without a mask has no other gradient in the last row.
 NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -41,21 +44,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
     compiler = shutil.which('g++')
     if compiler is None:
         pytest.skip('there is no g++')
-    namespace = 'mmdcn_host'
-    csrc = shutil.copytree(ROOT / 'csrc', tmp_path_factory.mktemp(namespace) / 'csrc')
-    shutil.copytree(ROOT / 'tests/cuda_host', csrc / 'cuda', dirs_exist_ok=True)
-    sources = [name for stem in ('deform_conv2d', 'deform_roi_pool') for name in (f'cuda/{stem}.cu', f'ops/{stem}.cpp')]
-    sources.append('cuda/deform_conv2d_fused.cu')
-    replacements = {
-        'LIBRARY_IMPL(mmdcn, CUDA': f'LIBRARY_IMPL({namespace}, CPU',
-        'FRAGMENT(mmdcn': f'FRAGMENT({namespace}',
-    }
-    texts = {name: (csrc / name).read_text() for name in sources}
-    for old, new in replacements.items():
-        assert any(old in text for text in texts.values()), old
-        texts = {name: text.replace(old, new) for name, text in texts.items()}
-    for name, text in texts.items():
-        (csrc / name).write_text(text)
+    csrc = shutil.copytree(ROOT / 'csrc', tmp_path_factory.mktemp('cuda_host') / 'csrc')
+    shutil.copytree(ROOT / 'tests/cuda_host', csrc, dirs_exist_ok=True)
+    sources = [*(csrc / f'cuda/{stem}.cu' for stem in STEMS), *(csrc / 'ops').glob('*.cpp')]
     library = csrc / 'host.so'
     subprocess.run(
         [
@@ -72,7 +63,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
             '-DTORCH_TARGET_VERSION=0x020a000000000000',
             *(f'-isystem{path}' for path in include_paths()),
             '-xc++',
-            *(csrc / name for name in sources),
+            *sources,
             f'-o{library}',
             *(f'-L{path}' for path in library_paths()),
             '-ltorch_cpu',
@@ -80,7 +71,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
         check=True,
     )
     torch.ops.load_library(library)
-    return getattr(torch.ops, namespace)
+    return torch.ops.mmdcn_host
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
@@ -184,14 +175,14 @@ def test_deform_roi_pool_equals_the_cpu(
     settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
     arguments = (images, call.rois, call.offset)
     _compare(
-        [ops.deform_roi_pool(*arguments, call.output_size, *settings) for ops in (host, torch.ops.mmdcn)],
+        [ops.deform_roi_pool(*arguments, call.output_size, *settings, call.aligned) for ops in (host, torch.ops.mmdcn)],
         TOLERANCES[dtype],
     )
     grad_output = roi_pool.draw_grad_output(call)
     for needed, deterministic in product(((True, True), (True, False), (False, True)), (False, True)):
         needed = (needed[0], needed[1] and call.offset is not None)
         gradients = (
-            ops.deform_roi_pool_backward(grad_output, *arguments, *settings, needed, deterministic)
+            ops.deform_roi_pool_backward(grad_output, *arguments, *settings, needed, deterministic, call.aligned)
             for ops in (host, torch.ops.mmdcn)
         )
         for pair in zip(*gradients, strict=True):
@@ -232,19 +223,29 @@ def test_deform_roi_pool_takes_any_stride_of_a_dimension_of_one(host: object, bi
         _compare(pair, TOLERANCES[torch.float64])
 
 
+def test_deform_conv2d_calls_torch_for_memory_only(host: object) -> None:
+    """However many tiles there are."""
+    case = Case((8, 4), (9, 10), (3, 3), padding=(1, 1), batch=3)
+    call = case.draw(torch.float32)
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+    images = (call.input, call.offset, call.mask, call.weight)
+    grad_output, needed = draw_grad_output(call), (True, True, True, True)
+    forward = _calls(lambda: host.deform_conv2d(*images, call.bias, *geometry))
+    backward = _calls(lambda: host.deform_conv2d_backward(grad_output, *images, *geometry, needed, False))
+    # The output and the workspace; the four gradients and the workspace.
+    assert (forward, backward) == (['aten::empty'] * 2, ['aten::empty'] * 5)
+
+
 def test_deform_roi_pool_calls_torch_for_memory_only(host: object) -> None:
     """A call costs the host some microseconds."""
     call = roi_pool.CASES['several blocks of channels'].draw(torch.float32)
     settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
     places = (call.input, call.rois, call.offset)
     grad_output = roi_pool.draw_grad_output(call)
-    with torch.profiler.profile() as forward:
-        host.deform_roi_pool(*places, call.output_size, *settings)
-    with torch.profiler.profile() as backward:
-        host.deform_roi_pool_backward(grad_output, *places, *settings, (True, True), False)
-    calls = [[event.name for event in run.events() if event.name.startswith('aten::')] for run in (forward, backward)]
+    forward = _calls(lambda: host.deform_roi_pool(*places, call.output_size, *settings))
+    backward = _calls(lambda: host.deform_roi_pool_backward(grad_output, *places, *settings, (True, True), False))
     # The output; both gradients, what is known of the bins, and the parts of a sum.
-    assert calls == [['aten::empty'], ['aten::empty'] * 4]
+    assert (forward, backward) == (['aten::empty'], ['aten::empty'] * 4)
 
 
 def test_deform_roi_pool_gives_nan_for_a_region_of_no_image(host: object) -> None:
@@ -253,6 +254,26 @@ def test_deform_roi_pool_gives_nan_for_a_region_of_no_image(host: object) -> Non
     settings = (call.output_size, call.spatial_scale, call.sampling_ratio, call.gamma)
     output = host.deform_roi_pool(call.input, call.rois, call.offset, *settings)
     assert output.isnan().flatten(1).all(1).tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize('count', [0, 1, 63, 64, 65, 300])
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('seed', range(2))
+def test_nms_keeps_what_the_cpu_keeps(
+    host: object, count: int, offset: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('MMDCN_HOST_SEED', f'{seed}')
+    for dtype, threshold in product((torch.float32, torch.float64), (0.0, 0.3, 0.5)):
+        boxes, scores = draw_boxes(count, dtype=dtype)
+        kept = [ops.nms(boxes, scores, threshold, offset) for ops in (host, torch.ops.mmdcn)]
+        assert torch.equal(*kept)
+
+
+def _calls(run: Callable[[], object]) -> list[str]:
+    """Get the names of torch's operators that a call makes."""
+    with torch.profiler.profile() as profile:
+        run()
+    return [event.name for event in profile.events() if event.name.startswith('aten::')]
 
 
 def _compare(pair: object, tolerance: float) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Promises of tools/dataset_converters. Its wheels are downloaded once, then kept in the cache."""
+"""Promises of the data sets that make themselves. Its wheels are downloaded once, then kept in the cache."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdcn.datasets import coco_folder, mnist_scenes, neon_trees
+
 TOOLS = Path(__file__).parents[1] / 'tools' / 'dataset_converters'
-sys.path.insert(0, str(TOOLS))
-import coco_folder  # noqa: E402
-import mnist_scenes  # noqa: E402
-import neon_trees  # noqa: E402
 
 SMALL = {mnist_scenes: ['--num-train', '6', '--num-test', '4'], neon_trees: ['--tile', '600']}
 PHOTO_TREES = {
@@ -35,6 +33,10 @@ PHOTO_TREES = {
     '2019_YELL_2_541000_4977000_image_crop': 279,
     'OSBS_029': 61,
 }
+
+
+def stem(module: ModuleType) -> str:
+    return module.__name__.rpartition('.')[2]
 
 
 @pytest.fixture(scope='session')
@@ -48,10 +50,10 @@ def photos() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return {photo: neon_trees.read_photo(wheel, photo) for photo in PHOTO_TREES}
 
 
-@pytest.fixture(scope='session', params=list(SMALL), ids=lambda module: module.__name__)
+@pytest.fixture(scope='session', params=list(SMALL), ids=lambda module: stem(module))
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
     """Give a converter and a small dataset that it made."""
-    out = tmp_path_factory.mktemp('data') / request.param.__name__
+    out = tmp_path_factory.mktemp('data') / stem(request.param)
     assert request.param.main(['--out-dir', str(out), *SMALL[request.param]]) == 0
     return request.param, out
 
@@ -81,7 +83,7 @@ def make_mnist(out: Path, **flags: object) -> int:
 
 
 def command(module: ModuleType, out: Path, *words: str) -> list[str]:
-    return [sys.executable, str(TOOLS / f'{module.__name__}.py'), '--out-dir', str(out), *words]
+    return [sys.executable, str(TOOLS / f'{stem(module)}.py'), '--out-dir', str(out), *words]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

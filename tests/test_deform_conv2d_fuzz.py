@@ -13,3 +13,9 @@ def test_drawn_calls_agree_with_the_reference_and_with_every_peer_that_can_answe
     tally = fuzz(count=300, number=0)
     print(tally)
     assert tally.cases >= 300
+
+
+@pytest.mark.mmcv_ops
+@pytest.mark.usefixtures('one_thread')
+def test_drawn_calls_agree_with_mmcv() -> None:
+    assert fuzz(count=100, number=1).answered['mmcv, float64'] > 10

@@ -60,7 +60,9 @@ def test_the_backward_of_the_reference_is_the_derivative_of_its_forward(case: Ca
     call = case.draw()
     grad_output = draw_grad_output(call)
     settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
-    by_hand = reference.deform_roi_pool_backward(grad_output, call.input, call.rois, call.offset, *settings)
+    by_hand = reference.deform_roi_pool_backward(
+        grad_output, call.input, call.rois, call.offset, *settings, call.aligned
+    )
     expected = expected_gradients(call, grad_output)
     for name, gradient in zip(('input', 'offset'), by_hand, strict=True):
         if name in expected:
@@ -68,14 +70,16 @@ def test_the_backward_of_the_reference_is_the_derivative_of_its_forward(case: Ca
 
 
 def mmcv_roi_align(call: Call) -> Tensor:
-    ops = pytest.importorskip('mmcv.ops')
-    return ops.roi_align(call.input, call.rois, call.output_size, call.spatial_scale, call.sampling_ratio, 'avg', True)
+    from mmcv import ops
+
+    settings = (call.spatial_scale, call.sampling_ratio, 'avg', call.aligned)
+    return ops.roi_align(call.input, call.rois, call.output_size, *settings)
 
 
 def torchvision_roi_align(call: Call) -> Tensor:
     ops = pytest.importorskip('torchvision.ops')
     sampling_ratio = call.sampling_ratio or -1
-    return ops.roi_align(call.input, call.rois, call.output_size, call.spatial_scale, sampling_ratio, True)
+    return ops.roi_align(call.input, call.rois, call.output_size, call.spatial_scale, sampling_ratio, call.aligned)
 
 
 def bins_of_moved_regions(call: Call, roi_align: Callable[[Call], Tensor]) -> Tensor:
@@ -90,7 +94,7 @@ def bins_of_moved_regions(call: Call, roi_align: Callable[[Call], Tensor]) -> Te
     return output
 
 
-@pytest.mark.parametrize('roi_align', [mmcv_roi_align, torchvision_roi_align])
+@pytest.mark.parametrize('roi_align', [pytest.param(mmcv_roi_align, marks=pytest.mark.mmcv_ops), torchvision_roi_align])
 @pytest.mark.parametrize('name', [name for name, case in CASES.items() if case.batch and case.rois])
 def test_a_bin_is_that_of_roi_align_on_a_moved_region_and_so_is_its_gradient(
     name: str, roi_align: Callable[[Call], Tensor]

@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import mnist_scenes
 import numpy as np
 import psutil
 import pytest
 import torch
 
 from mmdcn.checkpoints.safe_globals import load_training
+from mmdcn.datasets import mnist_scenes
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 6

@@ -17,8 +17,11 @@ ROOT = Path(__file__).parents[1]
 OPERATORS = [path.stem for path in (ROOT / 'csrc/ops').glob('*.cpp')]
 FILES = [
     'csrc/ops/{}.h', 'csrc/cpu/{}.cpp', 'csrc/cuda/{}.cu', 'mmdcn/ops/{}.py', 'mmdcn/reference/{}.py',
-    'mmdcn/modules/{}.py', 'tests/test_{}.py', 'benchmarks/{}.py',
+    'tests/test_{}.py', 'benchmarks/{}.py',
 ]  # fmt: skip
+# Which have neither parameters nor a gradient, and so no layer and no derivative.
+LAYERLESS = {'nms'}
+LAYERS = sorted({*OPERATORS} - LAYERLESS)
 TRACKED = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 CORE = [name for name in TRACKED if name.startswith('csrc/')]
 
@@ -35,7 +38,19 @@ def test_an_operator_is_public_and_so_is_its_definition(operator: str) -> None:
     assert callable(getattr(mmdcn.reference, operator))
 
 
+@pytest.mark.parametrize('operator', LAYERS)
+@pytest.mark.parametrize('folder', ['nn', 'modules'])
+def test_an_operator_with_a_derivative_has_a_layer(operator: str, folder: str) -> None:
+    assert (ROOT / f'mmdcn/{folder}/{operator}.py').is_file()
+
+
 @pytest.mark.parametrize('operator', OPERATORS)
+@pytest.mark.parametrize('key', ['CPU', 'Meta'])
+def test_an_operator_has_a_kernel_and_a_fake(operator: str, key: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'mmdcn::{operator}', key)
+
+
+@pytest.mark.parametrize('operator', LAYERS)
 @pytest.mark.parametrize('suffix', ['', '_backward'])
 @pytest.mark.parametrize('key', ['CPU', 'Meta', 'Autograd', 'FuncTorchBatched'])
 def test_an_operator_has_a_kernel_a_fake_a_derivative_and_a_rule_for_vmap(operator: str, suffix: str, key: str) -> None:
@@ -78,7 +93,7 @@ def test_every_registered_name_and_every_package_is_an_attribute_of_mmdcn() -> N
     for each in registries:
         each.import_from_location()
         registered |= each.module_dict
-    assert len(registries) == 5 and len(registered) > 15
+    assert len(registries) == 6 and len(registered) > 15
     for name, value in registered.items():
         assert getattr(mmdcn, name) is value, name
         assert name in mmdcn.__all__

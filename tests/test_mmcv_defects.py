@@ -18,6 +18,8 @@ from torch.autograd import gradgradcheck
 
 from mmdcn import modules, reference
 
+pytestmark = pytest.mark.mmcv_ops
+
 PACKS = {'DCN': 'DeformConv2dPack', 'DCNv2': 'ModulatedDeformConv2dPack'}
 WRONG = 'wrong numbers'
 NOT_FOR_BF16 = "not implemented for 'BFloat16'"

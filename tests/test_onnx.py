@@ -93,6 +93,7 @@ def test_a_detector_is_exported_for_images_of_any_number_and_size(layer: str, tm
             assert (same - other).abs().max() > 10 * tolerance * largest
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('layer', [ops.DeformConv2dPack, ops.ModulatedDeformConv2dPack])
 def test_mmcvs_layers_stop_the_exporter(layer: type[nn.Module], tmp_path: Path) -> None:
     with pytest.raises(torch.onnx.OnnxExporterError):

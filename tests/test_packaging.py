@@ -123,24 +123,27 @@ def test_mim_downloads_a_config_with_its_weights(tmp_path: Path) -> None:
 
 @needs_mim
 def test_mim_puts_a_config_beside_the_checkpoint_that_the_zoo_has_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     name = Path(SCENES).stem
-    checkpoint = mmdcn.zoo.fetch(name)
-    run('-m', 'mim', 'download', 'mmdcn', '--config', name, '--dest', checkpoint.parent, folder=tmp_path)
+    checkpoint = Path(shutil.copy(mmdcn.zoo.fetch(name), tmp_path))
+    run('-m', 'mim', 'download', 'mmdcn', '--config', name, '--dest', tmp_path, folder=tmp_path)
     init_detector(str(checkpoint.with_name(f'{name}.py')), str(checkpoint), device='cpu')
 
 
 @checkout
-def test_every_config_and_tool_travels_in_a_wheel(tmp_path: Path) -> None:
-    command = [sys.executable, 'setup.py', '--quiet', 'build_py', '--build-lib', str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True)
+def test_every_config_and_tool_travels_in_the_wheel_and_every_checkpoint_in_that_of_the_zoo(tmp_path: Path) -> None:
+    for distribution, library in ((ROOT, 'mmdcn'), (ROOT / 'packages/mmdcn-zoo', 'zoo')):
+        command = [sys.executable, 'setup.py', '--quiet', 'build_py', '--build-lib', str(tmp_path / library)]
+        subprocess.run(command, cwd=distribution, check=True)
     listed = ['git', 'ls-files', 'configs', 'tools', 'model-index.yml']
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert tracked
-    for name in tracked:
-        assert (tmp_path / 'mmdcn/.mim' / name).read_bytes() == (ROOT / name).read_bytes()
+    checkpoints = [name for name in tracked if name.endswith('.pth')]
+    for name in set(tracked) - set(checkpoints):
+        assert (tmp_path / 'mmdcn/mmdcn/.mim' / name).read_bytes() == (ROOT / name).read_bytes()
+    packed = {path.name: path.read_bytes() for path in tmp_path.rglob('*.pth')}
+    assert packed == {Path(name).name: (ROOT / name).read_bytes() for name in checkpoints}
+    assert {path.parent for path in tmp_path.rglob('*.pth')} == {tmp_path / 'zoo/mmdcn_zoo'}
 
 
 @checkout
@@ -160,6 +163,7 @@ def test_what_travels_in_an_sdist_builds_and_needs_no_checkout(tmp_path: Path) -
     } <= names
     # The tests ask git for the files, and read the pages and results, which are not there.
     assert not [name for name in names if name.startswith(('tests', 'docs', 'experiments'))]
+    assert not [name for name in names if name.endswith('.pth')]  # they are in mmdcn-zoo
 
 
 @checkout

@@ -152,6 +152,7 @@ def assert_the_same_on_mmdcn(theirs: nn.Module, inputs: Any, switch: Callable[[]
     assert {'mmdcn::deform_conv2d', 'mmdcn::deform_conv2d_backward'} <= after
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', CASES)
 def test_built_after_patch_mmdet_it_gives_what_it_gives_on_mmcv(name: str) -> None:
     torch.manual_seed(0)
@@ -166,6 +167,7 @@ def test_built_after_patch_mmdet_it_gives_what_it_gives_on_mmcv(name: str) -> No
     assert_the_same_on_mmdcn(theirs, inputs, patched)
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', {**BY_NAME, **BY_IMPORT})
 def test_converted_it_gives_what_it_gave_on_mmcv(name: str) -> None:
     torch.manual_seed(0)
@@ -173,6 +175,7 @@ def test_converted_it_gives_what_it_gave_on_mmcv(name: str) -> None:
     assert_the_same_on_mmdcn(model, CASES[name].inputs(), lambda: mmdcn.convert_model(model))
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', BY_FUNCTION)
 def test_patch_mmdet_reaches_the_functions_that_a_built_model_calls(name: str) -> None:
     torch.manual_seed(0)
@@ -185,6 +188,7 @@ def test_patch_mmdet_reaches_the_functions_that_a_built_model_calls(name: str) -
     assert_the_same_on_mmdcn(model, CASES[name].inputs(), switched)
 
 
+@pytest.mark.mmcv_ops
 def test_tood_samples_float32_boxes_at_offsets_of_autocast_without_rounding_them() -> None:
     torch.manual_seed(0)
     head, boxes, offset = BY_FUNCTION['TOOD'].build(), 1000 * torch.rand(2, 4, 5, 7), torch.randn(2, 8, 5, 7).bfloat16()
@@ -277,17 +281,24 @@ def dyhead_of_a_config(switch: str, folder: Path) -> nn.Module:
     return nn.ModuleList([layer, *BY_IMPORT['DyHead'].build().modules()])
 
 
-@pytest.mark.parametrize('second', ['mmdcn.overrides', 'mmdcn.patched'])
-@pytest.mark.parametrize('first', ['mmdcn.overrides', 'mmdcn.patched'])
+@pytest.mark.parametrize('second', ['mmdcn.overrides', 'mmdcn.overrides_everywhere'])
+@pytest.mark.parametrize('first', ['mmdcn.overrides', 'mmdcn.overrides_everywhere'])
 def test_after_an_unpatch_each_further_config_switches_on_again(first: str, second: str, tmp_path: Path) -> None:
     for switch in (first, second, second):
         layers = [layer for layer in dyhead_of_a_config(switch, tmp_path).modules() if isinstance(layer, LAYERS)]
         ours = [type(layer).__module__.startswith('mmdcn') for layer in layers]
-        assert ours == [True] + [switch == 'mmdcn.patched'] * (len(ours) - 1)
+        assert ours == [True] + [switch == 'mmdcn.overrides_everywhere'] * (len(ours) - 1)
         assert len(ours) > 1
         mmdcn.unpatch_mmdet()
         plain = build_conv_layer(dict(type='DCNv2'), 4, 4, kernel_size=3)
         assert type(plain) is mmcv.ops.ModulatedDeformConv2dPack
+
+
+def test_the_old_name_of_the_wider_switch_works_and_warns(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match='mmdcn.overrides_everywhere'):
+        model = dyhead_of_a_config('mmdcn.patched', tmp_path)
+    layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
+    assert len(layers) > 1 and all(type(layer).__module__.startswith('mmdcn.') for layer in layers)
 
 
 class Block(nn.Module):

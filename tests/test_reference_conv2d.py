@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdcn.reference import conv2d as reference
-from mmdcn.reference.conv2d import IntPair, pair
+from mmdcn.reference.geometry import IntPair, output_size, pair
 
 BATCH = 2
 
@@ -148,9 +148,9 @@ def test_a_convolution_does_not_depend_on_the_memory_format(function: Function) 
 
 
 def test_a_kernel_larger_than_the_padded_input_is_an_error() -> None:
-    assert reference.output_size(3, kernel=3, stride=1, padding=1, dilation=2) == 1
+    assert output_size(3, kernel=3, stride=1, padding=1, dilation=2) == 1
     with pytest.raises(ValueError, match='spans 5 pixels, but the padded input has only 4'):
-        reference.output_size(2, kernel=3, stride=1, padding=1, dilation=2)
+        output_size(2, kernel=3, stride=1, padding=1, dilation=2)
 
 
 @each_case

@@ -67,6 +67,7 @@ def pool_by_roi_align(
     return output
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', PACKS)
 def test_a_random_state_dict_gives_what_the_code_of_mmcv_gives_on_roi_align(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -78,6 +79,7 @@ def test_a_random_state_dict_gives_what_the_code_of_mmcv_gives_on_roi_align(
     torch.testing.assert_close(ours(draw_input(), draw_rois()), theirs(draw_input(), draw_rois()))
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', PACKS)
 def test_mmcv_has_no_kernel_for_cpus(name: str) -> None:
     layer = getattr(mmcv.ops, name)(**SETTINGS).double()
@@ -92,6 +94,7 @@ def test_every_parameter_of_a_packed_layer_learns(name: str) -> None:
     assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
 
 
+@pytest.mark.mmcv_ops
 @pytest.mark.parametrize(('name', 'factor'), zip(PACKS, [1, 0.5], strict=True))
 def test_a_new_layer_is_roi_align_or_half_of_it(name: str, factor: float) -> None:
     layer = getattr(modules, name)(**SETTINGS).double()

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import mnist_scenes
 import pytest
 import torch
 from mmengine.config import Config
@@ -23,7 +22,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdcn.checkpoints.safe_globals import load_training
 from mmdcn.checkpoints.zoo import ZooError
-from mmdcn.datasets import ImageError
+from mmdcn.datasets import ImageError, mnist_scenes
 from mmdcn.engine.launch import LaunchError, add_arguments, explained, mend_last_checkpoint
 from mmdcn.engine.launch import run as run_tool
 
@@ -129,6 +128,61 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(trained: Path, scenes:
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_mixed_precision_trains_on_a_cpu_by_option_or_by_config_and_resumes_with_the_same_bits(
+    scenes: Path, tmp_path: Path
+) -> None:
+    def train(name: str, epochs: int, *arguments: str, extra: tuple[str, ...] = ()) -> Path:
+        settings = (*options(scenes), f'train_cfg.max_epochs={epochs}', *extra)
+        result = run('train.py', CONFIG, '--work-dir', tmp_path / name, *arguments, *settings)
+        assert result.returncode == 0, result.stderr
+        assert 'mmdcn.AmpOptimWrapper' in next((tmp_path / name).glob('*.py')).read_text()
+        return tmp_path / name / f'epoch_{epochs}.pth'
+
+    expected = weights(train('option', 2, '--amp'))
+    train('config', 1, extra=('optim_wrapper.type=AmpOptimWrapper',))
+    resumed = weights(train('config', 2, '--amp', '--resume'))
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+    assert all(value.dtype != torch.bfloat16 for value in expected.values())
+
+
+WAITING = {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'}
+WITHOUT_TORCH = """
+import os, runpy, sys
+sys.modules['torch'] = None  # so that its import ends the tool
+try:
+    runpy.run_path(sys.argv[1])
+except ImportError:
+    print(os.environ.get('GOMP_SPINCOUNT'))
+"""
+
+
+@pytest.mark.parametrize(
+    'tool',
+    ['tools/train.py', 'tools/test.py', 'tools/analysis_tools/visualize_offsets.py', 'demo/image_demo.py',
+     'benchmarks/demo.py'],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ('policy', 'count'),
+    [({}, '10000'), ({'GOMP_SPINCOUNT': '7'}, '7'), ({'OMP_WAIT_POLICY': 'PASSIVE'}, 'None')],
+    ids=['nothing', 'a count', 'a policy'],
+)
+def test_a_tool_sets_how_long_threads_spin_before_torch_is_imported_unless_the_user_has(
+    tool: str, policy: dict[str, str], count: str
+) -> None:
+    env = {key: value for key, value in os.environ.items() if key not in WAITING} | policy
+    arguments = [sys.executable, '-c', WITHOUT_TORCH, str(ROOT / tool)]
+    result = subprocess.run(arguments, env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [count]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='torch has another OpenMP')
+def test_the_openmp_of_torch_takes_the_number_of_turns() -> None:
+    env = {key: value for key, value in os.environ.items() if key not in WAITING} | {'OMP_DISPLAY_ENV': 'VERBOSE'}
+    result = subprocess.run(command('train.py', '--help'), env=env, capture_output=True, text=True, check=True)
+    assert "GOMP_SPINCOUNT = '10000'" in result.stderr
+
+
 def test_a_kill_while_the_last_checkpoint_is_noted_loses_none(tmp_path: Path) -> None:
     note = tmp_path / 'last_checkpoint'
     mend_last_checkpoint(tmp_path)
@@ -161,15 +215,81 @@ def test_a_checkpoint_that_would_run_code_is_refused(scenes: Path, tmp_path: Pat
     assert not (tmp_path / 'harm').exists()
 
 
-def test_the_sampling_points_are_drawn(trained: Path, scenes: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope='session')
+def inspected(trained: Path, scenes: Path) -> tuple[Path, Path, Path]:
+    """An image, a config and a checkpoint."""
     (config,) = trained.glob('*.py')
-    out = tmp_path / 'demo.png'
+    return next((scenes / 'test').glob('*')), config, trained / f'epoch_{EPOCHS}.pth'
+
+
+def test_every_view_of_the_offsets_is_drawn(inspected: tuple[Path, Path, Path], tmp_path: Path) -> None:
     result = run(
-        'analysis_tools/draw_sampling_points.py', config, trained / f'epoch_{EPOCHS}.pth',
-        '--out', out, '--num-images', '2', '--score', '0',
+        'analysis_tools/visualize_offsets.py', *inspected, '--out-dir', tmp_path, '--score', '0.02', '--format', 'jpg',
+        '--location', '40', '30', '--layer', 'backbone.layer4.1.conv2',
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert out.read_bytes().startswith(b'\x89PNG')
+    stem = inspected[0].stem
+    expected = {'detections.jpg', *(f'{stem}_{view}.jpg' for view in ('points', 'maps', 'receptive_field'))}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert all(path.read_bytes().startswith(b'\xff\xd8') for path in tmp_path.iterdir())
+
+
+def test_the_offset_explorer_is_written(inspected: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / 'new' / 'page.html'
+    result = run('analysis_tools/offset_explorer.py', *inspected, '--out', out, '--title', 'A <scene>')
+    assert result.returncode == 0, result.stderr
+    page = out.read_text()
+    assert '"title":"A \\u003cscene>"' in page
+    assert page.count('"network_stride"') == 6
+
+
+@pytest.mark.parametrize(
+    ('tool', 'extra', 'words'),
+    [
+        ('visualize_offsets.py', ['--layer', 'backbone.conv1'], '--layer must be one of backbone.layer2.0.conv2, '),
+        ('visualize_offsets.py', ['--location', '96', '0'], '--location must lie in the image of 96 x 96 pixels'),
+    ],
+)
+def test_a_place_or_a_layer_that_is_not_there_is_named(
+    tool: str, extra: list[str], words: str, inspected: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    result = run(f'analysis_tools/{tool}', *inspected, *extra, '--views', 'points', '--out-dir', tmp_path)
+    assert result.returncode == 1
+    assert words in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_image_is_named(inspected: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / 'page.html'
+    result = run('analysis_tools/offset_explorer.py', tmp_path / 'none.png', *inspected[1:], '--out', out)
+    assert result.stderr.splitlines()[-1] == f'error: image {tmp_path}/none.png does not exist'
+    assert not out.exists()
+
+
+def test_the_shapes_of_a_layer_are_printed() -> None:
+    result = run('analysis_tools/op_shapes.py', '--size', '6', '9', '--stride', '2', '--deform-groups', '4')
+    assert result.returncode == 0, result.stderr
+    rows = [
+        [cell.strip() for cell in line.split('|')[1:4]] for line in result.stdout.splitlines() if line.startswith('|')
+    ]
+    assert ['geometric sensitivity', '[B, G, C_in/G, K, (y, x), P]', '[2, 4, 2, 9, 2, 15]'] in rows
+    assert ["offset's gradient", '[B, 2*G*K, H_out, W_out]', '[2, 72, 3, 5]'] in rows
+
+
+def test_a_layer_that_cannot_be_built_is_one_line() -> None:
+    result = run('analysis_tools/op_shapes.py', '--deform-groups', '3')
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith('error: ')
+    assert 'Traceback' not in result.stderr
+
+
+def test_the_complexity_of_a_detector_is_printed() -> None:
+    result = run(
+        'analysis_tools/get_flops.py', CONFIG, '--shape', '64', '96', *options(Path())[:1], *options(Path())[5:7]
+    )
+    assert result.returncode == 0, result.stderr
+    layers = [line.split('|')[1].strip() for line in result.stdout.splitlines() if line.startswith('|')]
+    assert {'backbone.layer2.0.conv2', 'backbone.layer2.0.conv2.conv_offset', 'all'} <= set(layers)
 
 
 def truncated(scenes: Path, folder: Path) -> Path:
@@ -278,18 +398,13 @@ def test_a_file_that_the_config_names_is_told_with_its_place_and_any_other_keeps
     ('arguments', 'words'),
     [
         (('train.py', 'configs/none.py'), ['config configs/none.py does not exist']),
-        pytest.param(
-            ('train.py', CONFIG, '--amp'),
-            ['--amp needs a GPU'],
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
-        ),
         (('test.py', CONFIG, 'none.pth'), ['checkpoint none.pth does not exist', 'tools/train.py']),
         (
             ('train.py', 'configs/dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py'),
             ['data/coco/annotations/instances_train2017.json does not exist', 'mim download mmdet'],
         ),
     ],
-    ids=['config', 'no GPU', 'checkpoint', 'coco'],
+    ids=['config', 'checkpoint', 'coco'],
 )
 def test_what_is_missing_is_named_with_what_to_do(arguments: tuple, words: list[str], tmp_path: Path) -> None:
     result = run(*arguments, '--work-dir', tmp_path)

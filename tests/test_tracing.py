@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
-from mmdcn import converting, modules, ops, patching
+from mmdcn import modules, ops
+from mmdcn.openmmlab import counterparts
 
 CONV = dict(in_channels=4, out_channels=6, kernel_size=3, padding=1)
 PACKS = ['DeformConv2dPack', 'ModulatedDeformConv2dPack']
@@ -70,7 +71,7 @@ ROI = dict(output_size=(2, 3), output_channels=4, deform_fc_channels=8)
 FROM_OUTSIDE = {
     'DeformConv2d': (lambda: modules.DeformConv2d(**CONV), (IMAGE, OFFSET)),
     'ModulatedDeformConv2d': (lambda: modules.ModulatedDeformConv2d(**CONV), (IMAGE, OFFSET, MASK)),
-    'that of patch_mmdet': (lambda: converting._ModulatedDeformConv2d(**CONV), (IMAGE, OFFSET, MASK)),
+    'that of patch_mmdet': (lambda: counterparts._ModulatedDeformConv2d(**CONV), (IMAGE, OFFSET, MASK)),
     'DeformRoIPool': (lambda: modules.DeformRoIPool((2, 3)), (IMAGE, ROIS)),
     'DeformRoIPoolPack': (lambda: modules.DeformRoIPoolPack(**ROI), (IMAGE, ROIS)),
     'ModulatedDeformRoIPoolPack': (lambda: modules.ModulatedDeformRoIPoolPack(**ROI), (IMAGE, ROIS)),
@@ -95,7 +96,7 @@ def pool(x: Tensor, rois: Tensor) -> Tensor:
 
 
 def convolve_as_mmcv(x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
-    return patching._deform_conv2d(x, offset, weight, 1, 1)
+    return counterparts._deform_conv2d(x, offset, weight, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def convolve_as_mmcv(x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
     [
         (convolve, (IMAGE, OFFSET, torch.randn(6, 4, 3, 3)), ops.deform_conv2d),
         (pool, (IMAGE, ROIS), ops.deform_roi_pool),
-        (convolve_as_mmcv, (IMAGE, OFFSET, torch.randn(6, 4, 3, 3)), patching._deform_conv2d),
+        (convolve_as_mmcv, (IMAGE, OFFSET, torch.randn(6, 4, 3, 3)), counterparts._deform_conv2d),
     ],
 )
 def test_so_is_a_function(function: Any, inputs: tuple, target: Any) -> None:

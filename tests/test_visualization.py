@@ -13,7 +13,14 @@ from small_detectors import batch, build, faster_rcnn_config, fcos_config
 from torch import nn
 
 from mmdcn.modules import DeformConv2dPack, ModulatedDeformConv2dPack
-from mmdcn.visualization import SamplingRecorder
+from mmdcn.visualization import (
+    OffsetStatistics,
+    Sampling,
+    SamplingRecorder,
+    effective_receptive_field,
+    offset_statistics,
+    watched,
+)
 
 
 def network() -> nn.Sequential:
@@ -94,7 +101,7 @@ def test_however_a_model_takes_its_images_the_places_are_the_same(way: str) -> N
         CALLS[way](wrapper)
     assert [layer.name for layer in recorder.layers] == ['network.0', 'network.1']
     for layer, other in zip(recorder.layers, expected.layers, strict=True):
-        assert layer.stride == other.stride
+        assert layer.grid == other.grid
         torch.testing.assert_close(layer.places, other.places, rtol=0, atol=0)
 
 
@@ -104,7 +111,7 @@ def test_of_a_detector_of_mmengine_the_layers_are_recorded(config: Callable, lay
     model = build(ConfigDict(config(layer=layer))).eval()
     with torch.no_grad(), SamplingRecorder(model) as recorder:
         model.test_step(batch())
-    assert [layer.stride for layer in recorder.layers] == [8, 8, 16, 16]  # two blocks of c3, and two of c4
+    assert [layer.grid.stride[0] for layer in recorder.layers] == [8, 8, 16, 16]  # two blocks of c3, and two of c4
     with SamplingRecorder(model) as recorder:
         model(**model.data_preprocessor(batch(), True), mode='loss')
     assert len(recorder.layers) == 4
@@ -124,10 +131,118 @@ def test_of_a_segmentor_of_mmseg_the_layers_are_recorded() -> None:
     sample.gt_sem_seg = PixelData(data=torch.zeros(1, 64, 96, dtype=torch.long))
     with torch.no_grad(), SamplingRecorder(model.eval()) as recorder:
         model.test_step(dict(inputs=[torch.zeros(3, 64, 96)], data_samples=[sample]))
-    assert [layer.stride for layer in recorder.layers] == [32] * 3
+    assert [layer.grid.stride[0] for layer in recorder.layers] == [32] * 3
 
 
 def test_a_call_without_images_is_named() -> None:
     wrapper = Wrapper()
     with SamplingRecorder(wrapper), pytest.raises(ValueError, match=r"called with images, .* got \['str', 'int'"):
         wrapper('tensor', scale=1, data=[])
+
+
+def statistics_of(layer: nn.Module, image: torch.Tensor) -> OffsetStatistics:
+    seen: list[Sampling] = []
+    with watched(layer, lambda _, sampling: seen.append(sampling)), torch.no_grad():
+        layer(image)
+    return offset_statistics(seen[0])
+
+
+def test_a_new_layer_s_offsets_are_zero_and_its_padding_is_not_outside() -> None:
+    layer = DeformConv2dPack(2, 2, 3, padding=1)
+    assert statistics_of(layer, torch.randn(2, 2, 5, 7)) == OffsetStatistics(0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize('layer', [DeformConv2dPack, ModulatedDeformConv2dPack])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_statistics_are_those_of_every_vector_by_itself(layer: type[nn.Module], groups: int) -> None:
+    torch.manual_seed(0)
+    model = layer(4, 4, 3, stride=(1, 2), padding=(1, 0), deform_groups=groups)
+    nn.init.normal_(model.conv_offset.weight, std=0.5)
+    image = torch.randn(2, 4, 6, 9)
+    offset = model.conv_offset(image).detach()[:, : 18 * groups]
+    lengths, inside, moved_out = [], 0, 0
+    for channel in range(0, 18 * groups, 2):
+        tap = channel // 2 % 9
+        for b in range(2):
+            for i in range(offset.shape[2]):
+                for j in range(offset.shape[3]):
+                    y, x = i - 1 + tap // 3, 2 * j + tap % 3
+                    dy, dx = offset[b, channel : channel + 2, i, j].tolist()
+                    lengths.append((dy**2 + dx**2) ** 0.5)
+                    if -1 < y < 6 and -1 < x < 9:
+                        inside += 1
+                        moved_out += not (-1 < y + dy < 6 and -1 < x + dx < 9)
+    found = statistics_of(model, image)
+    assert moved_out > 0
+    mean = sum(lengths) / len(lengths)
+    assert found.mean == pytest.approx(mean, rel=1e-5)
+    assert found.relative == pytest.approx(mean / 6, rel=1e-5)
+    assert found.percentile_99 == pytest.approx(sorted(lengths)[-(-99 * len(lengths) // 100) - 1], rel=1e-5)
+    assert found.outside == moved_out / inside
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_offsets_that_are_not_finite_show_in_the_statistics(value: float) -> None:
+    layer = DeformConv2dPack(2, 2, 3, padding=1)
+    with torch.no_grad():
+        layer.conv_offset.bias[3] = value
+    found = statistics_of(layer, torch.zeros(1, 2, 4, 4))
+    assert not found.mean < float('inf')
+    assert found.outside > 0
+
+
+def test_the_receptive_field_of_a_convolution_is_its_kernel() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.Conv2d(1, 2, (1, 3), padding=(0, 1), bias=False)
+    )
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(1.0, 10).view(1, 1, 3, 3))
+        model[1].weight.copy_(torch.tensor([[1.0, 0, -1], [0, 0, 0]]).view(2, 1, 1, 3))
+    field = effective_receptive_field(model, torch.randn(2, 1, 8, 9), '1', (4, 5))
+    expected = torch.zeros(8, 9)
+    rows = torch.arange(1.0, 10).view(3, 3)
+    expected[3:6, 3:6] += rows
+    expected[3:6, 5:8] -= rows
+    torch.testing.assert_close(field, expected.abs())
+    assert effective_receptive_field(model, torch.randn(1, 1, 8, 9), '0', (0, 0)).nonzero().tolist() == [
+        [0, 0], [0, 1], [1, 0], [1, 1],
+    ]  # fmt: skip
+
+
+def test_the_receptive_field_follows_the_offsets() -> None:
+    model = nn.Sequential(DeformConv2dPack(1, 1, 1))
+    with torch.no_grad():
+        model[0].conv_offset.bias.copy_(torch.tensor([2.0, -3.0]))
+        model[0].weight.fill_(5.0)
+    field = effective_receptive_field(model, torch.zeros(1, 1, 9, 9), '0', (4, 4))
+    assert field.nonzero().tolist() == [[6, 1]]
+    assert field[6, 1] == 5
+
+
+def test_a_receptive_field_of_what_is_not_there_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3))
+    image = torch.zeros(1, 1, 5, 5)
+    with pytest.raises(ValueError, match="layer must name a module of the model, such as '0', got 'layer9'"):
+        effective_receptive_field(model, image, 'layer9', (0, 0))
+    with pytest.raises(ValueError, match=r'index must lie in the output of 3 x 3 positions, got \(3, 0\)'):
+        effective_receptive_field(model, image, '0', (3, 0))
+
+
+def test_an_unknown_layer_is_named() -> None:
+    model = network()
+    with SamplingRecorder(model) as recorder:
+        model(torch.zeros(1, 3, 32, 24))
+    with pytest.raises(ValueError, match=r"name must be one of \['0', '1'\], got 'conv'"):
+        recorder.points('conv', 0, 0)
+
+
+def test_the_plain_grid_can_be_followed_instead() -> None:
+    model = network()
+    with torch.no_grad():
+        model[0].conv_offset.bias[:18] = 5.0
+        model[1].conv_offset.bias[:] = -3.0
+    with SamplingRecorder(model) as recorder:
+        model(torch.zeros(1, 3, 32, 24))
+    places, weights = recorder.points('1', y=12.0, x=8.0, depth=2, regular=True)
+    assert {tuple(place) for place in places.tolist()} == {(y, x) for y in range(9, 16) for x in range(5, 12)}
+    assert weights.tolist() == [1.0] * 81

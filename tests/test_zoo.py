@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 
-import mnist_scenes
 import pytest
 import torch
 import yaml
@@ -23,6 +22,7 @@ from mmengine.runner import load_checkpoint
 import mmdcn
 from mmdcn import zoo
 from mmdcn.checkpoints.safe_globals import load_training
+from mmdcn.datasets import mnist_scenes
 from mmdcn.engine.launch import run
 
 ROOT = Path(__file__).parents[1]
@@ -210,14 +210,38 @@ def http(package: Package) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize('place', ['beside the config', 'folder', 'file', 'http'])
-def test_a_checkpoint_is_fetched_once_from_any_place_and_kept(
-    place: str, package: Package, entry: dict, here: Path, http: str, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def elsewhere(package: Package, entry: dict) -> Iterator[Path]:
+    """The folder that has the checkpoint, as it is not beside its config."""
+    folder = package.folder / 'elsewhere/mmdcn_zoo'
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = package.config.with_name(filename(entry))
+    beside.rename(folder / beside.name)
+    yield folder
+    (folder / beside.name).rename(beside)
+
+
+def test_a_checkpoint_beside_its_config_is_used_where_it_lies(package: Package, entry: dict, here: Path) -> None:
+    assert zoo.fetch('tiny') == package.config.with_name(filename(entry))
+    assert not here.exists()
+
+
+@pytest.mark.parametrize('place', ['package', 'folder', 'file'])
+def test_a_checkpoint_on_the_disk_is_used_where_it_lies(
+    place: str, elsewhere: Path, entry: dict, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = package.config.parent
-    bases = {'folder': str(folder), 'file': folder.as_uri(), 'http': f'{http}/'}
-    if place in bases:
-        monkeypatch.setenv('MMDCN_ZOO', bases[place])
+    if place == 'package':
+        monkeypatch.syspath_prepend(str(elsewhere.parent))
+    else:
+        monkeypatch.setenv('MMDCN_ZOO', str(elsewhere) if place == 'folder' else elsewhere.as_uri())
+    assert zoo.fetch('tiny') == elsewhere / filename(entry)
+    assert not here.exists()
+
+
+def test_a_checkpoint_is_downloaded_once_and_kept(
+    entry: dict, here: Path, http: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('MMDCN_ZOO', f'{http}/')
     path = zoo.fetch('tiny')
     assert path == here / filename(entry)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == entry['SHA256']
@@ -225,11 +249,29 @@ def test_a_checkpoint_is_fetched_once_from_any_place_and_kept(
     assert zoo.fetch('tiny') == path
 
 
-def test_a_wrong_file_is_refused_and_not_kept(
-    entry: dict, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures('elsewhere', 'here')
+def test_where_no_checkpoint_is_installed_one_sentence_says_what_to_install(entry: dict) -> None:
+    with pytest.raises(zoo.ZooError) as error:
+        zoo.fetch('tiny')
+    assert str(error.value) == (
+        f'{filename(entry)} is not on this machine: install it with `pip install --upgrade mmdcn-zoo`, '
+        'or set MMDCN_ZOO to the folder or the address that has it'
+    )
+
+
+def test_a_wrong_file_is_refused(entry: dict, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / filename(entry)).write_bytes(b'other')
     monkeypatch.setenv('MMDCN_ZOO', str(tmp_path))
+    with pytest.raises(zoo.ZooError, match=f'{filename(entry)} has sha256 .*, not {entry["SHA256"]}; MMDCN_ZOO must'):
+        zoo.fetch('tiny')
+    assert not here.exists()
+
+
+def test_a_wrong_file_is_not_kept_after_its_download(
+    elsewhere: Path, package: Package, entry: dict, here: Path, http: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package.config.with_name(filename(entry)).write_bytes(b'other')  # which the server has
+    monkeypatch.setenv('MMDCN_ZOO', http)
     with pytest.raises(zoo.ZooError, match=f'invalid hash value .*{entry["SHA256"]}.*MMDCN_ZOO'):
         zoo.fetch('tiny')
     assert list(here.iterdir()) == []
@@ -244,16 +286,28 @@ def test_an_interrupted_download_is_refused_and_not_kept(
     assert list(here.iterdir()) == []
 
 
-def test_a_file_that_went_bad_in_the_cache_is_fetched_again(entry: dict, here: Path) -> None:
+def test_a_file_that_went_bad_in_the_cache_is_fetched_again(
+    entry: dict, here: Path, http: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('MMDCN_ZOO', http)
     here.mkdir(parents=True)
     (here / filename(entry)).write_bytes(b'bad')
     assert hashlib.sha256(zoo.fetch('tiny').read_bytes()).hexdigest() == entry['SHA256']
 
 
-@pytest.mark.parametrize('base', ['/nowhere', 'http://localhost:1'])
-def test_a_place_without_the_file_is_named(base: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures('here')
+@pytest.mark.parametrize(
+    ('base', 'words'),
+    [
+        ('/nowhere', 'MMDCN_ZOO must be a folder, .* that has tiny-.*.pth, got /nowhere'),
+        ('file:///nowhere/', 'MMDCN_ZOO must be a folder, .* that has tiny-.*.pth, got file:///nowhere'),
+        ('s3://bucket', 'or an address that begins with file://, http:// or https://, .* got s3://bucket'),
+        ('http://localhost:1', 'http://localhost:1/tiny-.*.pth could not be fetched: .*MMDCN_ZOO'),
+    ],
+)
+def test_a_place_without_the_file_is_named(base: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('MMDCN_ZOO', base)
-    with pytest.raises(zoo.ZooError, match=f'{base}/tiny-.*.pth is not to be had: .*MMDCN_ZOO'):
+    with pytest.raises(zoo.ZooError, match=words):
         zoo.fetch('tiny')
 
 
@@ -343,12 +397,13 @@ def test_the_check_of_a_zoo_without_checkpoints_says_so_and_fails(
     assert 'no checkpoint of mmdcn is shipped yet' in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_is_not_to_be_had_is_one_line_of_the_test_tool(package: Package, entry: dict) -> None:
+def test_a_missing_checkpoint_is_one_line_of_the_test_tool(package: Package, entry: dict) -> None:
     package.list_models(entry)
     environment = dict(MMDCN_ZOO='/nowhere', TORCH_HOME=str(package.folder / 'empty'))
     result = package.call(ROOT / 'tools/test.py', package.config, 'tiny', '--work-dir', 'test', **environment)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f'error: file:///nowhere/{filename(entry)} is not to be had')
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith('error: MMDCN_ZOO must be') and last.endswith(f'that has {filename(entry)}, got /nowhere')
     assert 'Traceback' not in result.stderr
 
 

@@ -2,9 +2,15 @@
 """Test a checkpoint of a detector, and print its average precision."""
 
 import argparse
+import os
 import sys
 from copy import deepcopy
 from pathlib import Path
+
+# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
+# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
+    os.environ['GOMP_SPINCOUNT'] = '10000'
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults

@@ -2,11 +2,16 @@
 """Train a detector from a config."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
+# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
+    os.environ['GOMP_SPINCOUNT'] = '10000'
+
 from mmengine.config import Config
-from mmengine.device import get_device
 
 from mmdcn.engine.launch import (
     LaunchError,
@@ -23,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='the config file')
     add_arguments(parser)
-    parser.add_argument('--amp', action='store_true', help='train in mixed precision (on a GPU)')
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision; on a CPU in bfloat16')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -41,8 +46,6 @@ def parse_args() -> argparse.Namespace:
 
 def apply_arguments(cfg: Config, args: argparse.Namespace) -> None:
     if args.amp:
-        if get_device() == 'cpu':
-            raise LaunchError('--amp needs a GPU: MMEngine has mixed precision for nothing else. Train without it')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if args.auto_scale_lr:

@@ -9,13 +9,11 @@ from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from mmdcn import zoo
 from mmdcn.engine.launch import LaunchError, run
+from mmdcn.utils.tables import print_table
 
 METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
 TOLERANCE = 0.1  # points; what a test prints is rounded to that
@@ -45,15 +43,15 @@ def main() -> None:
     models = [model for model in zoo.models() if model.sha256]
     if not models:
         raise LaunchError('no checkpoint of mmdcn is shipped yet: no model of a metafile has a SHA256')
-    table = Table('model', 'metric', 'expected', 'seen', 'agrees', box=box.MARKDOWN)
+    rows = []
     wrong = 0
     for model in tqdm(models):
         for name, expected, seen, agrees in compare(model.metrics, measure(model)):
             wrong += not agrees
-            table.add_row(model.name, name, f'{expected:.1f}', f'{seen:.1f}', 'yes' if agrees else 'NO')
-    Console(width=160).print(table)
+            rows.append((model.name, name, f'{expected:.1f}', f'{seen:.1f}', 'yes' if agrees else 'NO'))
+    print_table(('model', 'metric', 'expected', 'seen', 'agrees'), rows)
     if wrong:
-        raise LaunchError(f'{wrong} of {table.row_count} figures differ from those of the metafiles')
+        raise LaunchError(f'{wrong} of {len(rows)} figures differ from those of the metafiles')
 
 
 if __name__ == '__main__':

@@ -1,2 +1,2 @@
 _base_ = 'mmdet::reppoints/reppoints-moment_r101-dconv-c3-c5_fpn-gn_head-gn_2x_coco.py'
-custom_imports = dict(imports=['mmdcn.patched'])
+custom_imports = dict(imports=['mmdcn.overrides_everywhere'])

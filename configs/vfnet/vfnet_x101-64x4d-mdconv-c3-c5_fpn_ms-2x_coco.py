@@ -1,2 +1,2 @@
 _base_ = 'mmdet::vfnet/vfnet_x101-64x4d-mdconv-c3-c5_fpn_ms-2x_coco.py'
-custom_imports = dict(imports=['mmdcn.patched'])
+custom_imports = dict(imports=['mmdcn.overrides_everywhere'])

@@ -17,6 +17,10 @@ inline ScalarType compute_type(ScalarType storage) {
   return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Its C++ type, from that of the storage.
+template <typename scalar_t>
+using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
 // Calls body(T{}) with the C++ type of a compute type.
 template <typename Body>
 void dispatch_compute(ScalarType type, const Body& body) {
@@ -25,6 +29,13 @@ void dispatch_compute(ScalarType type, const Body& body) {
   } else {
     body(float{});
   }
+}
+
+// The same, for bfloat16 as well.
+template <typename Body>
+void dispatch_product(ScalarType type, const Body& body) {
+  if (type == ScalarType::BFloat16) return body(torch::headeronly::BFloat16{});
+  dispatch_compute(type, body);
 }
 
 // Calls body(T{}) with the C++ type of a storage type.

@@ -33,6 +33,7 @@ struct RoIGeometry {
   int64_t rois, out_height, out_width;
   double spatial_scale, gamma;
   int64_t sampling_ratio;  // samples of a bin along each axis; 0: as many as it has pixels, rounded up
+  bool aligned;            // else the middle of the first pixel is at 0.5, and a region has a pixel at least
 
   C10_HOST_DEVICE int64_t bins() const { return out_height * out_width; }
 };
@@ -119,9 +120,11 @@ constexpr int64_t kNoImage = -1;
 template <typename T>
 C10_HOST_DEVICE Bin<T> bin_of(const RoIGeometry& g, const T* rois, const T* offset, int64_t roi, int64_t index) {
   const T* region = rois + 5 * roi;  // image, x and y of the first corner, x and y of the other
-  const T scale = static_cast<T>(g.spatial_scale), gamma = static_cast<T>(g.gamma), half = static_cast<T>(0.5);
+  const T scale = static_cast<T>(g.spatial_scale), gamma = static_cast<T>(g.gamma);
+  const T half = static_cast<T>(g.aligned ? 0.5 : 0);
   const T start_x = region[1] * scale - half, start_y = region[2] * scale - half;
-  const T length_x = region[3] * scale - half - start_x, length_y = region[4] * scale - half - start_y;
+  T length_x = region[3] * scale - half - start_x, length_y = region[4] * scale - half - start_y;
+  if (!g.aligned) length_x = length_x < 1 ? 1 : length_x, length_y = length_y < 1 ? 1 : length_y;
   Bin<T> bin;
   bin.image = region[0] >= 0 && region[0] < static_cast<T>(g.batch) ? static_cast<int64_t>(region[0]) : kNoImage;
   bin.shift_x = gamma * length_x, bin.shift_y = gamma * length_y;

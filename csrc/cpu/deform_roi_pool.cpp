@@ -2,11 +2,9 @@
 // See Note [Deformable RoI pooling] for what a bin is.
 //
 // It works on NHWC rows. First each bin's weights are planned, once. Forward, the threads share the regions; backward,
-// they share blocks of channels: a block owns its channels of grad_input, and leaves its part of grad_offset to be
+// they share blocks of channels: a block owns its channels of grad_input, and leaves its share of grad_offset to be
 // added up in the order of the blocks. So no two threads write one address, and the bits do not depend on their number.
-//
-// Images that are not NHWC in the type that is computed in are brought there by copies, a part of an image's channels
-// at a time.
+// Images that are not NHWC in the type that is computed in are copied, some channels at a time (bounded_copies.h).
 #include "../ops/deform_roi_pool.h"
 
 #include <algorithm>
@@ -18,13 +16,10 @@
 
 #include "../core/dispatch.h"
 #include "../core/nhwc.h"
-#include "../core/readable_errors.h"
+#include "bounded_copies.h"
 
 namespace mmdcn {
 namespace {
-
-constexpr int64_t kBlockChannels = 32;
-constexpr int64_t kCopyBytes = 9 << 20;  // of the copy of an image at one time
 
 // A row or a column that has a weight in a bin.
 template <typename T>
@@ -85,14 +80,14 @@ class Plan {
   Plan(const RoIGeometry& g, const Tensor& rois, const std::optional<Tensor>& offset, ScalarType type)
       : rois_(g.rois), rois_of_(g.batch) {
     const Tensor regions = contiguous_as(rois, type);
-    const std::optional<Tensor> moves = offset ? std::optional(contiguous_as(*offset, type)) : std::nullopt;
+    const std::optional<Tensor> shifts = offset ? std::optional(contiguous_as(*offset, type)) : std::nullopt;
     const T* region = data<const T>(regions);
     for (int64_t roi = 0; roi < g.rois; ++roi) {
       rois_of_[image_of(g, region, roi)].push_back(roi);
     }
     torch::stable::parallel_for(0, g.rois, 1, [&](int64_t begin, int64_t end) {
       for (int64_t roi = begin; roi < end; ++roi) {
-        rois_[roi] = {g, region, moves ? data<const T>(*moves) : nullptr, roi};
+        rois_[roi] = {g, region, shifts ? data<const T>(*shifts) : nullptr, roi};
       }
     });
   }
@@ -113,32 +108,30 @@ class Plan {
 };
 
 // Some channels of an image, and the regions on it.
-struct Part {
+struct ImageChannels {
   int64_t image, first_channel, channels;
   const std::vector<int64_t>& rois;
 };
 
-// Calls body(part) so that no part is larger than may be copied.
+// Calls body(part) for every image with regions, or for parts of its channels where all may not be copied at once.
 template <typename T, typename Body>
-void each_part(const RoIGeometry& g, const Plan<T>& plan, bool copies, const Body& body) {
-  const int64_t plane_bytes = g.height * g.width * static_cast<int64_t>(sizeof(T));
-  const int64_t fitting = std::max<int64_t>(kCopyBytes / plane_bytes / kBlockChannels, 1) * kBlockChannels;
-  const int64_t step = copies ? std::min(fitting, g.channels) : g.channels;
+void for_each_image(const RoIGeometry& g, const Plan<T>& plan, bool copies, const Body& body) {
+  const int64_t step = copies ? std::min(copied_channels(g.height, g.width, sizeof(T)), g.channels) : g.channels;
   for (int64_t image = 0; image < g.batch; ++image) {
     if (plan.rois_of(image).empty()) continue;
     for (int64_t first = 0; first < g.channels; first += step) {
-      body(Part{image, first, std::min(step, g.channels - first), plan.rois_of(image)});
+      body(ImageChannels{image, first, std::min(step, g.channels - first), plan.rois_of(image)});
     }
   }
 }
 
-Tensor channels_of(const Tensor& images, const Part& part) {
+Tensor channels_of(const Tensor& images, const ImageChannels& part) {
   return slice(images, 1, part.first_channel, part.channels);
 }
 
 // Calls body(first, count) for blocks of channels; a count that the compiler knows leaves no ends to look after.
 template <typename Body>
-void each_block(int64_t channels, const Body& body) {
+void for_each_block(int64_t channels, const Body& body) {
   int64_t first = 0;
   for (; first + kBlockChannels <= channels; first += kBlockChannels) {
     body(first, std::integral_constant<int64_t, kBlockChannels>());
@@ -162,20 +155,17 @@ void pool(const PlannedRoI<T>& roi, int64_t bin, const Rows<T>& rows, int64_t wi
   }
 }
 
-Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
-                       const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
-                       double gamma) {
-  const RoIGeometry g =
-      deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
+Tensor deform_roi_pool(const DeformRoIPoolCall& call) {
+  const auto& [g, input, rois, offset] = call;
   const Tensor output = torch::stable::empty({g.rois, g.channels, g.out_height, g.out_width}, input.scalar_type(),
                                              std::nullopt, input.device(), std::nullopt, memory_format(input));
   const int64_t roi_stride = output.stride(0), channel_stride = output.stride(1), bin_stride = output.stride(3);
   const ScalarType type = compute_type(input.scalar_type());
   dispatch_storage(input.scalar_type(), "input", [&](auto zero) {
     using scalar_t = decltype(zero);
-    using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    using T = compute_t<scalar_t>;
     const Plan<T> plan(g, rois, offset, type);
-    each_part(g, plan, !is_nhwc_rows(input, type), [&](const Part& part) {
+    for_each_image(g, plan, !is_nhwc_rows(input, type), [&](const ImageChannels& part) {
       const Rows<T> rows = nhwc_rows<T>(channels_of(input, part), part.image, 1, type);
       scalar_t* target = data<scalar_t>(output) + part.first_channel * channel_stride;
       torch::stable::parallel_for(0, part.rois.size(), 1, [&](int64_t begin, int64_t end) {
@@ -183,7 +173,7 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
           const int64_t roi = part.rois[i];
           for (int64_t bin = 0; bin < g.bins(); ++bin) {
             scalar_t* bin_target = target + roi * roi_stride + bin * bin_stride;
-            each_block(part.channels, [&](int64_t first, auto channels) {
+            for_each_block(part.channels, [&](int64_t first, auto channels) {
               T sum[kBlockChannels];
               pool(plan[roi], bin, rows, g.width, first, channels, sum);
               for (int64_t c = 0; c < channels; ++c) {
@@ -198,9 +188,9 @@ Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optio
   return output;
 }
 
-// What moves of the samples do to a bin.
+// The derivatives of a bin by a shift of its samples.
 template <typename T>
-struct Moves {
+struct ShiftGradient {
   T y, x;
 };
 
@@ -208,37 +198,37 @@ struct Moves {
 template <typename T>
 class Backward {
  public:
-  Backward(const RoIGeometry& g, const Plan<T>& plan, const Part& part, const Rows<T>& rows,
-           const std::optional<Rows<T>>& grad_rows, bool needs_offset)
+  // Without rows of the input there are no gradients of shifts, without those of its gradient no such gradient.
+  Backward(const RoIGeometry& g, const Plan<T>& plan, const ImageChannels& part, const std::optional<Rows<T>>& rows,
+           const std::optional<Rows<T>>& grad_rows)
       : g_(g),
         plan_(plan),
         part_(part),
         rows_(rows),
         grad_rows_(grad_rows),
-        needs_offset_(needs_offset),
         blocks_((part.channels + kBlockChannels - 1) / kBlockChannels),
-        moves_(needs_offset ? blocks_ * part.rois.size() * g.bins() : 0) {}
+        shift_gradients_(rows ? blocks_ * part.rois.size() * g.bins() : 0) {}
 
   // Adds to grad_rows, and to grad_offset [N, 2, P] if it is not null, from grad_output [N, P, C].
   void run(const T* grad_output, T* grad_offset) {
     torch::stable::parallel_for(0, blocks_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kBlockChannels, count = std::min(kBlockChannels, part_.channels - first);
-        each_block(count, [&](int64_t, auto channels) { run_block(block, first, channels, grad_output); });
+        for_each_block(count, [&](int64_t, auto channels) { run_block(block, first, channels, grad_output); });
       }
     });
-    if (grad_offset) add_moves(grad_offset);
+    if (grad_offset) add_shift_gradients(grad_offset);
   }
 
  private:
   template <typename Count>
   void run_block(int64_t block, int64_t first, Count channels, const T* grad_output) {
-    Moves<T>* moves = moves_.data() + block * part_.rois.size() * g_.bins();
+    ShiftGradient<T>* gradient = shift_gradients_.data() + block * part_.rois.size() * g_.bins();
     for (const int64_t roi : part_.rois) {
-      for (int64_t bin = 0; bin < g_.bins(); ++bin, moves += needs_offset_) {
+      for (int64_t bin = 0; bin < g_.bins(); ++bin) {
         const T* grad = grad_output + (roi * g_.bins() + bin) * g_.channels + part_.first_channel + first;
         if (grad_rows_) scatter(plan_[roi], bin, first, channels, grad);
-        if (needs_offset_) *moves = dot(plan_[roi], bin, first, channels, grad);
+        if (rows_) *gradient++ = dot(plan_[roi], bin, first, channels, grad);
       }
     }
   }
@@ -259,12 +249,12 @@ class Backward {
   }
 
   template <typename Count>
-  Moves<T> dot(const PlannedRoI<T>& roi, int64_t bin, int64_t channel, Count channels, const T* grad) const {
+  ShiftGradient<T> dot(const PlannedRoI<T>& roi, int64_t bin, int64_t channel, Count channels, const T* grad) const {
     if (roi.is_nan(bin)) return {static_cast<T>(NAN), static_cast<T>(NAN)};
-    Moves<T> sum{0, 0};
+    ShiftGradient<T> sum{0, 0};
     for (const PixelWeight<T>& y : roi.rows(bin)) {
       for (const PixelWeight<T>& x : roi.columns(bin)) {
-        const T* pixel = rows_.at(y.pixel * g_.width + x.pixel, channel);
+        const T* pixel = rows_->at(y.pixel * g_.width + x.pixel, channel);
         T product = 0;
 #pragma omp simd reduction(+ : product)
         for (int64_t c = 0; c < channels; ++c) {
@@ -276,34 +266,28 @@ class Backward {
     return {sum.y * roi.shift_y(bin), sum.x * roi.shift_x(bin)};
   }
 
-  void add_moves(T* grad_offset) const {
+  void add_shift_gradients(T* grad_offset) const {
     const int64_t bins = part_.rois.size() * g_.bins();
     for (int64_t i = 0; i < bins; ++i) {
       T* target = grad_offset + 2 * part_.rois[i / g_.bins()] * g_.bins() + i % g_.bins();
       for (int64_t block = 0; block < blocks_; ++block) {
-        target[0] += moves_[block * bins + i].x, target[g_.bins()] += moves_[block * bins + i].y;
+        target[0] += shift_gradients_[block * bins + i].x, target[g_.bins()] += shift_gradients_[block * bins + i].y;
       }
     }
   }
 
   const RoIGeometry& g_;
   const Plan<T>& plan_;
-  const Part& part_;
-  const Rows<T>& rows_;
+  const ImageChannels& part_;
+  const std::optional<Rows<T>>& rows_;
   const std::optional<Rows<T>>& grad_rows_;
-  bool needs_offset_;
   int64_t blocks_;
-  std::vector<Moves<T>> moves_;  // [blocks, regions of the part, P]
+  std::vector<ShiftGradient<T>> shift_gradients_;  // [blocks, regions of the part, P]
 };
 
-DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
-                                                const std::optional<Tensor>& offset, double spatial_scale,
-                                                int64_t sampling_ratio, double gamma,
-                                                const std::vector<bool>& output_mask,
-                                                bool /*deterministic*/) {  // always
-  check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
-  const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
-                                                 spatial_scale, sampling_ratio, gamma);
+DeformRoIPoolGradients deform_roi_pool_backward(const DeformRoIPoolCall& call, const Tensor& grad_output,
+                                                const std::vector<bool>& output_mask) {
+  const auto& [g, input, rois, offset] = call;
   const ScalarType type = compute_type(input.scalar_type());
   Tensor grad_input = empty_gradient(output_mask[0], input, input.scalar_type(), memory_format(input));
   Tensor grad_offset = empty_gradient(output_mask[1], offset.value_or(rois), type);
@@ -314,8 +298,10 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
     using T = decltype(zero);
     const Plan<T> plan(g, rois, offset, type);
     const bool copies_grad_input = output_mask[0] && !is_nhwc_matrix(grad_input, type);
-    each_part(g, plan, copies_grad_input || !is_nhwc_rows(input, type), [&](const Part& part) {
-      const Rows<T> rows = nhwc_rows<T>(channels_of(input, part), part.image, 1, type);
+    const bool copies_input = output_mask[1] && !is_nhwc_rows(input, type);
+    for_each_image(g, plan, copies_grad_input || copies_input, [&](const ImageChannels& part) {
+      const std::optional<Rows<T>> rows =
+          output_mask[1] ? std::optional(nhwc_rows<T>(channels_of(input, part), part.image, 1, type)) : std::nullopt;
       std::optional<Rows<T>> grad_rows;
       Tensor target;
       if (output_mask[0]) {
@@ -324,7 +310,7 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
         if (copies_grad_input) torch::stable::zero_(sum);
         grad_rows = Rows<T>{sum, data<T>(sum), copies_grad_input ? part.channels : g.channels};
       }
-      Backward<T>(g, plan, part, rows, grad_rows, output_mask[1])
+      Backward<T>(g, plan, part, rows, grad_rows)
           .run(data<const T>(grad_bins), output_mask[1] ? data<T>(grad_offset) : nullptr);
       if (copies_grad_input) torch::stable::copy_(target, grad_rows->images);
     });
@@ -334,9 +320,6 @@ DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmdcn, CPU, m) {
-  m.impl("deform_roi_pool", TORCH_BOX(&Readable<&deform_roi_pool>::call));
-  m.impl("deform_roi_pool_backward", TORCH_BOX(&Readable<&deform_roi_pool_backward>::call));
-}
+MMDCN_CPU_KERNELS(library) { DeformRoIPoolKernels<&deform_roi_pool, &deform_roi_pool_backward>::add_to(library); }
 
 }  // namespace mmdcn

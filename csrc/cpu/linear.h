@@ -68,6 +68,11 @@ class Linear {
   std::optional<Tensor> bias_;
 };
 
+// As many positions as a product takes without a row to pad, at most `positions` unless these are too few.
+inline int64_t round_to_rows(int64_t positions) {
+  return std::max(positions / Linear::kRows * Linear::kRows, Linear::kRows);
+}
+
 // weight @ x^T + bias, for the small weights of many groups, where a call for each would take longer than its product.
 template <typename T>
 class BatchedLinear {

@@ -48,7 +48,7 @@ struct CopyImages {
 
   uint32_t images;
 
-  C10_HOST_DEVICE uint32_t shares() const { return kSide; }
+  C10_HOST_DEVICE uint32_t max_lanes() const { return kSide; }
   C10_HOST_DEVICE uint32_t channel_blocks() const { return (channels + kSide - 1) / kSide; }
   C10_HOST_DEVICE uint32_t row_blocks() const { return (row_pixels + kSide - 1) / kSide; }
   C10_HOST_DEVICE uint32_t blocks() const { return images * rows * row_blocks() * channel_blocks(); }
@@ -94,7 +94,7 @@ struct CopyNumbers {
 
   struct Shared {};
 
-  C10_HOST_DEVICE uint32_t shares() const { return 32; }
+  C10_HOST_DEVICE uint32_t max_lanes() const { return 32; }
   C10_HOST_DEVICE uint32_t blocks() const {
     return static_cast<uint32_t>((count + kVector * kBlockVectors - 1) / (kVector * kBlockVectors));
   }

@@ -24,7 +24,7 @@ struct PackWeight {
 
   struct Shared {};
 
-  C10_HOST_DEVICE uint32_t shares() const { return 32; }
+  C10_HOST_DEVICE uint32_t max_lanes() const { return 32; }
   C10_HOST_DEVICE uint32_t vectors() const { return out_channels * taps * (in_channels / kVector); }
   C10_HOST_DEVICE uint32_t all_vectors() const { return vectors() + in_channels / kVector; }
   C10_HOST_DEVICE uint32_t blocks() const { return (all_vectors() + kBlockVectors - 1) / kBlockVectors; }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the host does. See Note [Deformable RoI pooling on CUDA].
-#include "deform_roi_pool.cuh"
+#include "deform_roi_pool_input.cuh"
+#include "deform_roi_pool_patches.cuh"
+#include "deform_roi_pool_vectors.cuh"
 
 #include <optional>
 #include <vector>
 
 #include "../core/dispatch.h"
-#include "../core/readable_errors.h"
 #include "../ops/deform_roi_pool.h"
 #include "device.cuh"
 
@@ -18,16 +19,16 @@ Tensor contiguous_values(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type && tensor.is_contiguous() ? tensor : contiguous_as(tensor, type);
 }
 
-// The tensors that say where each bin samples.
+// The tensors that say where each bin samples, in the compute type.
 template <typename T>
-class Places {
+class RoITensors {
  public:
-  Places(const Tensor& rois, const std::optional<Tensor>& offset, ScalarType type)
+  RoITensors(const Tensor& rois, const std::optional<Tensor>& offset, ScalarType type)
       : rois_(contiguous_values(rois, type)),
         offset_(offset ? std::optional(contiguous_values(*offset, type)) : std::nullopt) {}
 
   template <typename scalar_t>
-  RoIs<scalar_t> of(const RoIGeometry& g) const {
+  RoIs<scalar_t> view(const RoIGeometry& g) const {
     return {g, data<T>(rois_), offset_ ? data<T>(*offset_) : nullptr};
   }
 
@@ -70,40 +71,37 @@ void check_counts(const RoIGeometry& g) {
                   "rois and output_size must give fewer than 2^31 bins, got ", g.rois, " regions of ", g.bins());
 }
 
-Tensor deform_roi_pool(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
-                       const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
-                       double gamma) {
-  const RoIGeometry g =
-      deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma);
+Tensor deform_roi_pool(const DeformRoIPoolCall& call) {
+  const RoIGeometry& g = call.geometry;
   check_counts(g);
-  const int32_t device = input.get_device_index();
+  const int32_t device = call.input.get_device_index();
   const DeviceGuard guard(device);
-  const ScalarType type = input.scalar_type();
+  const ScalarType type = call.input.scalar_type();
   const Tensor output = torch::stable::empty({g.rois, g.channels, g.out_height, g.out_width}, type, std::nullopt,
-                                             input.device(), std::nullopt, memory_format(input));
+                                             call.input.device(), std::nullopt, memory_format(call.input));
   if (output.numel() == 0) return output;
   dispatch_storage(type, "input", [&](auto zero) {
     using scalar_t = decltype(zero);
-    const Places<compute_t<scalar_t>> places(rois, offset, compute_type(type));
-    const auto on = places.template of<scalar_t>(g);
-    const auto images = image_view<const scalar_t>(input);
-    if (has_vectors<scalar_t>(input) && has_vectors<scalar_t>(output)) {
-      launch(PoolVectors<scalar_t, kMaxVector<scalar_t>>{{on, images}, data<scalar_t>(output)}, device);
+    const RoITensors<compute_t<scalar_t>> tensors(call.rois, call.offset, compute_type(type));
+    const auto regions = tensors.template view<scalar_t>(g);
+    const auto images = image_view<const scalar_t>(call.input);
+    if (has_vectors<scalar_t>(call.input) && has_vectors<scalar_t>(output)) {
+      launch(PoolVectors<scalar_t, kMaxVector<scalar_t>>{{regions, images}, data<scalar_t>(output)}, device);
     } else {
-      launch(PoolPatches<scalar_t>{{on, images}, bin_view<scalar_t>(output)}, device);
+      launch(PoolPatches<scalar_t>{{regions, images}, bin_view<scalar_t>(output)}, device);
     }
   });
   return output;
 }
 
 template <typename scalar_t, typename T = compute_t<scalar_t>>
-void write_grad_input(const RoIs<scalar_t>& on, const BinView<const scalar_t>& grad_output, const Tensor& grad_input,
-                      int32_t device) {
-  const RoIGeometry& g = on.geometry;
-  const Tensor workspace =
-      torch::stable::empty({Located<T>::bytes(g.rois, on.bins())}, ScalarType::Byte, std::nullopt, grad_input.device());
-  const Located<T> located(workspace.data_ptr(), g.rois, on.bins());
-  if (g.rois > 0) launch(LocateRegions<scalar_t>{on, located}, device);
+void write_grad_input(const RoIs<scalar_t>& regions, const BinView<const scalar_t>& grad_output,
+                      const Tensor& grad_input, int32_t device) {
+  const RoIGeometry& g = regions.geometry;
+  const Tensor workspace = torch::stable::empty({BinTable<T>::bytes(g.rois, regions.bins())}, ScalarType::Byte,
+                                                std::nullopt, grad_input.device());
+  const BinTable<T> located(workspace.data_ptr(), g.rois, regions.bins());
+  if (g.rois > 0) launch(LocateRegions<scalar_t>{regions, located}, device);
   const auto images = image_view<scalar_t>(grad_input);
   if (has_vectors<scalar_t>(grad_input)) {
     launch(GatherGradient<scalar_t, kMaxVector<scalar_t>>{g, grad_output, located, images}, device);
@@ -113,57 +111,50 @@ void write_grad_input(const RoIs<scalar_t>& on, const BinView<const scalar_t>& g
 }
 
 template <typename scalar_t, typename T = compute_t<scalar_t>>
-void write_grad_offset(const RoIs<scalar_t>& on, const BinView<const scalar_t>& grad_output, const Tensor& input,
+void write_grad_offset(const RoIs<scalar_t>& regions, const BinView<const scalar_t>& grad_output, const Tensor& input,
                        const Tensor& grad_offset, int32_t device) {
   const auto images = image_view<const scalar_t>(input);
   if (has_vectors<scalar_t>(input)) {
-    launch(MoveVectors<scalar_t, kMaxVector<scalar_t>>{{on, images}, grad_output, data<T>(grad_offset)}, device);
+    launch(OffsetGradientVectors<scalar_t, kMaxVector<scalar_t>>{{regions, images}, grad_output, data<T>(grad_offset)},
+           device);
     return;
   }
-  MovePatches<scalar_t> move{{on, images}, grad_output, data<T>(grad_offset)};
-  const int64_t count = move.channel_blocks(), size = grad_offset.numel();
+  OffsetGradientPatches<scalar_t> gradient{{regions, images}, grad_output, data<T>(grad_offset)};
+  const int64_t count = gradient.channel_blocks(), size = grad_offset.numel();
   if (count == 1) {
-    launch(move, device);
+    launch(gradient, device);
     return;
   }
-  const Tensor parts = empty_matrix(grad_offset, grad_offset.scalar_type(), count, size);
-  move.parts_of_grad_offset = data<T>(parts);
-  launch(move, device);
-  launch(AddParts<T>{data<T>(parts), data<T>(grad_offset), count, size}, device);
+  const Tensor partials = empty_matrix(grad_offset, grad_offset.scalar_type(), count, size);
+  gradient.partial_grad_offset = data<T>(partials);
+  launch(gradient, device);
+  launch(SumPartials<T>{data<T>(partials), data<T>(grad_offset), count, size}, device);
 }
 
-// The sums are made in an order that never changes, so that `deterministic` asks for nothing more.
-DeformRoIPoolGradients deform_roi_pool_backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
-                                                const std::optional<Tensor>& offset, double spatial_scale,
-                                                int64_t sampling_ratio, double gamma,
-                                                const std::vector<bool>& output_mask, bool deterministic) {
-  check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
-  const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
-                                                 spatial_scale, sampling_ratio, gamma);
+DeformRoIPoolGradients deform_roi_pool_backward(const DeformRoIPoolCall& call, const Tensor& grad_output,
+                                                const std::vector<bool>& output_mask) {
+  const RoIGeometry& g = call.geometry;
   check_counts(g);
-  const int32_t device = input.get_device_index();
+  const int32_t device = call.input.get_device_index();
   const DeviceGuard guard(device);
-  const ScalarType type = input.scalar_type();
-  const Tensor grad_input = empty_gradient(output_mask[0], input, type, memory_format(input));
-  const Tensor grad_offset = empty_gradient(output_mask[1], offset.value_or(rois), compute_type(type));
+  const ScalarType type = call.input.scalar_type();
+  const Tensor grad_input = empty_gradient(output_mask[0], call.input, type, memory_format(call.input));
+  const Tensor grad_offset = empty_gradient(output_mask[1], call.offset.value_or(call.rois), compute_type(type));
   const Tensor grads = has_bin_stride(grad_output) ? grad_output : torch::stable::contiguous(grad_output);
   dispatch_storage(type, "input", [&](auto zero) {
     using scalar_t = decltype(zero);
-    const Places<compute_t<scalar_t>> places(rois, offset, compute_type(type));
-    const auto on = places.template of<scalar_t>(g);
+    const RoITensors<compute_t<scalar_t>> tensors(call.rois, call.offset, compute_type(type));
+    const auto regions = tensors.template view<scalar_t>(g);
     const auto bins = bin_view<const scalar_t>(grads);
-    if (grad_input.numel() > 0) write_grad_input(on, bins, grad_input, device);
-    if (grad_offset.numel() > 0) write_grad_offset(on, bins, input, grad_offset, device);
+    if (grad_input.numel() > 0) write_grad_input(regions, bins, grad_input, device);
+    if (grad_offset.numel() > 0) write_grad_offset(regions, bins, call.input, grad_offset, device);
   });
-  if (!output_mask[1] || grad_offset.scalar_type() == offset->scalar_type()) return {grad_input, grad_offset};
-  return {grad_input, torch::stable::to(grad_offset, offset->scalar_type())};
+  if (!output_mask[1] || grad_offset.scalar_type() == call.offset->scalar_type()) return {grad_input, grad_offset};
+  return {grad_input, torch::stable::to(grad_offset, call.offset->scalar_type())};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmdcn, CUDA, m) {
-  m.impl("deform_roi_pool", TORCH_BOX(&Readable<&deform_roi_pool>::call));
-  m.impl("deform_roi_pool_backward", TORCH_BOX(&Readable<&deform_roi_pool_backward>::call));
-}
+MMDCN_CUDA_KERNELS(library) { DeformRoIPoolKernels<&deform_roi_pool, &deform_roi_pool_backward>::add_to(library); }
 
 }  // namespace mmdcn

@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, Body::kResident) run_block(const __g
 // Runs the body's blocks, in each as many lanes to a group as can share its work.
 template <typename Body>
 void launch(const Body& body, int32_t device) {
-  const uint32_t lanes = std::min(std::bit_ceil(body.shares()), kWarp);
+  const uint32_t lanes = std::min(std::bit_ceil(body.max_lanes()), kWarp);
   run_block<<<body.blocks(), dim3(lanes, kThreads / lanes), 0, current_stream(device)>>>(body);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

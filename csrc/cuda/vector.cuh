@@ -8,16 +8,13 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
+#include "../core/dispatch.h"
 #include "device.cuh"
 
 namespace mmdcn {
 
 constexpr int64_t kVectorBytes = 16;
-
-template <typename scalar_t>
-using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <typename scalar_t>
 constexpr int kMaxVector = kVectorBytes / sizeof(scalar_t);

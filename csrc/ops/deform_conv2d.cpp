@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <torch/csrc/stable/library.h>
+#include "../core/library.h"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mmdcn, m) {
+MMDCN_OPERATORS(m) {
   m.def(
       "deform_conv2d("
       "Tensor input, "   // [B, C_in, H, W]

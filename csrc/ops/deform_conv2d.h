@@ -7,6 +7,8 @@
 
 #include "../core/checks.h"
 #include "../core/conv_geometry.h"
+#include "../core/library.h"
+#include "../core/readable_errors.h"
 #include "../core/stable_ops.h"
 
 namespace mmdcn {
@@ -86,5 +88,50 @@ inline void check_backward(const Tensor& grad_output, const Tensor& input, const
 
 // grad_input, grad_offset, grad_mask, grad_weight; one that was not asked for has no elements.
 using DeformConv2dGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// A call whose tensors fit each other.
+struct DeformConv2dCall {
+  ConvGeometry geometry;
+  const Tensor &input, &offset;
+  const std::optional<Tensor>& mask;
+  const Tensor& weight;
+  bool allow_tf32;
+};
+
+// Registers what a device computes, kForward(call, bias) and kBackward(call, grad_output, output_mask, deterministic),
+// as its kernels.
+template <auto kForward, auto kBackward>
+struct DeformConv2dKernels {
+  static Tensor forward(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
+                        const Tensor& weight, const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                        int64_t offset_groups, bool allow_tf32) {
+    return with_readable_errors([&] {
+      const ConvGeometry g =
+          deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
+      check_bias(bias, input, g.out_channels);
+      return kForward(DeformConv2dCall{g, input, offset, mask, weight, allow_tf32}, bias);
+    });
+  }
+
+  static DeformConv2dGradients backward(const Tensor& grad_output, const Tensor& input, const Tensor& offset,
+                                        const std::optional<Tensor>& mask, const Tensor& weight,
+                                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                        const std::vector<int64_t>& dilation, int64_t groups, int64_t offset_groups,
+                                        const std::vector<bool>& output_mask, bool deterministic, bool allow_tf32) {
+    return with_readable_errors([&] {
+      const ConvGeometry g =
+          deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
+      check_backward(grad_output, input, mask, output_mask, g);
+      return kBackward(DeformConv2dCall{g, input, offset, mask, weight, allow_tf32}, grad_output, output_mask,
+                       deterministic);
+    });
+  }
+
+  static void add_to(auto& library) {
+    library.impl("deform_conv2d", TORCH_BOX(&forward));
+    library.impl("deform_conv2d_backward", TORCH_BOX(&backward));
+  }
+};
 
 }  // namespace mmdcn

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "../core/checks.h"
+#include "../core/library.h"
+#include "../core/readable_errors.h"
 #include "../core/roi_bins.h"
 #include "../core/stable_ops.h"
 
@@ -16,7 +18,7 @@ inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                
                                             const Tensor& rois,                   // [N, 5]
                                             const std::optional<Tensor>& offset,  // [N, 2, ph, pw]
                                             const std::vector<int64_t>& output_size, double spatial_scale,
-                                            int64_t sampling_ratio, double gamma) {
+                                            int64_t sampling_ratio, double gamma, bool aligned) {
   check_rank(input, "input", 4);
   check_rank(rois, "rois", 2);
   STD_TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
@@ -28,6 +30,7 @@ inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                
   g.batch = input.size(0), g.channels = input.size(1), g.height = input.size(2), g.width = input.size(3);
   g.rois = rois.size(0), g.out_height = output_size[0], g.out_width = output_size[1];
   g.spatial_scale = spatial_scale, g.gamma = gamma, g.sampling_ratio = sampling_ratio;
+  g.aligned = aligned;
   STD_TORCH_CHECK(g.channels > 0 && g.height > 0 && g.width > 0, "input must have channels and pixels, got ",
                   to_string(input.sizes()));
   check_below_2_31({g.height, g.width}, "the size of an image");
@@ -57,5 +60,44 @@ inline void check_deform_roi_pool_backward(const Tensor& grad_output, const Tens
 
 // grad_input, grad_offset; one that was not asked for has no elements.
 using DeformRoIPoolGradients = std::tuple<Tensor, Tensor>;
+
+// A call whose tensors fit each other.
+struct DeformRoIPoolCall {
+  RoIGeometry geometry;
+  const Tensor &input, &rois;
+  const std::optional<Tensor>& offset;
+};
+
+// Registers what a device computes, kForward(call) and kBackward(call, grad_output, output_mask), as its kernels. Both
+// devices sum in an order that never changes, so that `deterministic` asks for nothing more.
+template <auto kForward, auto kBackward>
+struct DeformRoIPoolKernels {
+  static Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
+                        const std::vector<int64_t>& output_size, double spatial_scale, int64_t sampling_ratio,
+                        double gamma, bool aligned) {
+    return with_readable_errors([&] {
+      const RoIGeometry g =
+          deform_roi_pool_geometry(input, rois, offset, output_size, spatial_scale, sampling_ratio, gamma, aligned);
+      return kForward(DeformRoIPoolCall{g, input, rois, offset});
+    });
+  }
+
+  static DeformRoIPoolGradients backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
+                                         const std::optional<Tensor>& offset, double spatial_scale,
+                                         int64_t sampling_ratio, double gamma, const std::vector<bool>& output_mask,
+                                         bool /*deterministic*/, bool aligned) {
+    return with_readable_errors([&] {
+      check_deform_roi_pool_backward(grad_output, input, rois, offset, output_mask);
+      const RoIGeometry g = deform_roi_pool_geometry(input, rois, offset, {grad_output.size(2), grad_output.size(3)},
+                                                     spatial_scale, sampling_ratio, gamma, aligned);
+      return kBackward(DeformRoIPoolCall{g, input, rois, offset}, grad_output, output_mask);
+    });
+  }
+
+  static void add_to(auto& library) {
+    library.impl("deform_roi_pool", TORCH_BOX(&forward));
+    library.impl("deform_roi_pool_backward", TORCH_BOX(&backward));
+  }
+};
 
 }  // namespace mmdcn

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that were trained elsewhere: their names, their layouts, and their way into mmdcn's layers."""
+"""Checkpoints: conversion from other projects, offset layouts, the model zoo."""
 
-from mmdcn.checkpoints import layouts, zoo
+from mmdcn.checkpoints import layouts
 from mmdcn.checkpoints.conversion import SOURCES, Conversion, Source, check_target, convert_state_dict
 from mmdcn.checkpoints.version1_keys import accept_version1_keys
 
@@ -13,5 +13,4 @@ __all__ = [
     'check_target',
     'convert_state_dict',
     'layouts',
-    'zoo',
 ]

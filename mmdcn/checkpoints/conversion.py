@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of other implementations of deformable convolution, made into those of mmdcn's layers.
+"""Conversion of checkpoints of other implementations of deformable convolution.
 
 A layer with prefix P has `P.weight`, perhaps `P.bias`, and `P.conv_offset.{weight,bias}`, which predicts the offsets,
 (y, x) of each tap, and then, for DCNv2, the numbers whose sigmoids are the masks. `SOURCES` says where other projects
@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from mmdcn.checkpoints import layouts
-from mmdcn.checkpoints.version1_keys import PACKED_LAYERS
+from mmdcn.checkpoints.version1_keys import is_packed
+from mmdcn.ops._arguments import pair
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ SOURCES = {
 
 
 class Conversion(NamedTuple):
-    """A converted state dict, and of which keys of the original each of its tensors was made."""
+    """A converted state dict, and for each of its tensors the keys of the original that it comes from."""
 
     state_dict: dict[str, Tensor]
     origins: dict[str, tuple[str, ...]]
@@ -200,7 +200,7 @@ def _pair_of(parts: dict[str, Tensor], part: str) -> tuple[Tensor, Tensor]:  # w
 def _join(
     parts: dict[str, Tensor], source: Source, kernel_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:  # [2*G*K or 3*G*K, C_in, h, w], [2*G*K or 3*G*K]
-    """Make one convolution of those for the offsets and for the masks, which may have unlike numbers of groups."""
+    """Merge the convolutions for offsets and for masks, whose numbers of groups may differ, into one."""
     taps = math.prod(kernel_size)
     sizes = {source.offset: 2 * taps, source.mask: taps}  # channels of a group
     predictors = {part: _pair_of(parts, part) for part in sizes if f'{part}.weight' in parts}
@@ -238,12 +238,12 @@ def _ungroup(
 
 
 def _repeat(tensor: Tensor, groups: int, all_groups: int) -> Tensor:
-    """Give each of the smaller groups the channels, along dimension 0, of the group that it is a part of."""
+    """Return each of the smaller groups the channels, along dimension 0, of the group that it is a part of."""
     return tensor.unflatten(0, (groups, -1)).repeat_interleave(all_groups // groups, dim=0).flatten(0, 1)
 
 
 def _embed(weight: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Surround a kernel with zeros up to the layer's size, about the same centre."""
+    """Pad a kernel with zeros to the layer's size, around the same centre."""
     margins = [size - own for size, own in zip(kernel_size, weight.shape[2:], strict=True)]
     if any(margin < 0 or margin % 2 for margin in margins):
         raise ValueError(
@@ -259,9 +259,9 @@ def _misfits(state_dict: Mapping[str, Tensor], model: nn.Module, source: Source)
         if name in state_dict and state_dict[name].shape != tensor.shape:
             yield f'{name} has shape {[*state_dict[name].shape]}, and in the model {[*tensor.shape]}'
     for name, layer in model.named_modules():
-        if not isinstance(layer, PACKED_LAYERS) or f'{name}.conv_offset.weight' not in state_dict:
+        if not is_packed(layer) or f'{name}.conv_offset.weight' not in state_dict:
             continue
-        dilation, padding = _pair(layer.dilation), _pair(layer.padding)
+        dilation, padding = pair(layer.dilation, 'dilation', 1), pair(layer.padding, 'padding', 0)
         if not source.dilated and dilation != (1, 1):
             yield f'{name} has dilation {dilation} in the model, where the original predicts its offsets without one'
         same = tuple((size - 1) // 2 for size in layer.kernel_size)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which order the channels of an offset tensor stand, and how to get from one order to another.
+"""The orders of the channels of an offset tensor, and conversions between them.
 
 The canonical layout is that of mmcv, and of torchvision, detectron2 and ONNX: offset channel `(g*K + k)*2` is y and the
-next one x, for offset group g and tap k; mask channel `g*K + k`; taps row by row. Other projects order them otherwise:
+next one x, for offset group g and tap k; mask channel `g*K + k`; taps row by row. Other projects have another order:
 
 | layout      | offsets                                  | taps             |
 |-------------|------------------------------------------|------------------|
@@ -11,8 +11,8 @@ next one x, for offset group g and tap k; mask channel `g*K + k`; taps row by ro
 | `mindspore` | x of all taps, then y of all taps        | row by row       |
 | `dcnv3`     | (x, y) of each tap                       | column by column |
 
-In all of them the masks, if there are any, come after the offsets. The functions permute channels and nothing else:
-what an offset means (DCNv3 multiplies it by its `offset_scale`) or a mask (DCNv3 takes a softmax) stays as it is.
+In all of them the masks, if there are any, follow the offsets. The functions permute channels and change no value: an
+offset of DCNv3 is still to be multiplied by its `offset_scale`, and its masks still need their softmax.
 
 Sources: `deform_conv_v2.py` of 4uiiurz1/pytorch-deform-conv-v2; MindSpore's page of `ops.deformable_conv2d`, and mmcv's
 code for Ascend; the sampling grid of DCNv3 in OpenGVLab/InternImage.

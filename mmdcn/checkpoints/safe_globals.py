@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may lie beside the weights in a checkpoint that `torch.load(weights_only=True)` reads."""
+"""The types beside tensors that `torch.load(weights_only=True)` may load from a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
-# numpy's arrays and scalars are made by these, which make nothing else. numpy 1 had them under another name.
+from mmdcn._private_hooks import get_statistic
+
+# These functions build numpy's arrays and scalars, and nothing else. numpy 1 has them under other names.
 ARRAY, SCALAR = (value.__reduce__()[0] for value in (np.zeros(0), np.float64(0)))
 NUMPY = [
     ARRAY,
@@ -22,25 +25,25 @@ NUMPY = [
 ]
 
 
-def _statistic(_: type[HistoryBuffer], name: str) -> Callable:
-    """Stand for the `getattr` that gives a history its methods, and gives no other thing."""
-    return HistoryBuffer()._statistics_methods[name]
+def _statistic(_: type[HistoryBuffer], name: str) -> Callable[..., Any]:
+    """Replace the `getattr` that looks up the methods of a history; it finds nothing else."""
+    return get_statistic(name)
 
 
 MMENGINE = [*NUMPY, ConfigDict, HistoryBuffer, (_statistic, 'builtins.getattr')]
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let torch 2.6 and later resume from checkpoints that hold mmengine's objects, with `weights_only` True as ever.
+    """Let torch 2.6 and later resume from checkpoints with mmengine's objects while `weights_only` stays True.
 
-    mmengine 0.10.7 keeps the history of its log in them and allows for nothing. onedl-mmengine, its maintained fork,
-    allows for that; but DeepSpeed loads its checkpoints itself, and they hold its settings, an mmengine.ConfigDict.
+    mmengine 0.10.7 stores the history of its log in them and allows no type for loading. onedl-mmengine, its maintained
+    fork, allows the history; but DeepSpeed loads its checkpoints itself, and they hold a mmengine.ConfigDict.
     """
     torch.serialization.add_safe_globals(MMENGINE)
 
 
-def load_training(path: Path) -> dict:
-    """Load a checkpoint of a training by mmengine, the history of its log included.
+def load_training(path: Path) -> dict[str, Any]:
+    """Load a training checkpoint of mmengine, with the history of its log.
 
     Raises:
         pickle.UnpicklingError: If it holds anything else that is not data.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model zoo: the models that the metafiles name, and their weights, fetched by name and checked.
+"""The model zoo: the models that the metafiles name, and their weights, found by name and checked.
 
 Note: [Addresses of the zoo]
 In its metafile a checkpoint of mmdcn's own has two lines, which tools/model_converters/publish_model.py prints:
@@ -7,10 +7,11 @@ In its metafile a checkpoint of mmdcn's own has two lines, which tools/model_con
     Weights: mmdcn://NAME-<the first 8 digits of SHA256>.pth
     SHA256: <64 digits>
 
-The file lies beside the config, in a checkout as in a wheel. If the environment variable `MMDCN_ZOO` is set, it lies
-there instead: in a folder, or under an address that begins with file://, http:// or https://. MMEngine takes
-`mmdcn://…` wherever it takes a checkpoint: `load_from`, `init_cfg=dict(type='Pretrained', ...)`, `load_checkpoint`.
-The metafiles also name what mmdet has published, by its own addresses and without SHA256; those MMEngine downloads.
+The file lies beside the config in a checkout, and in the distribution `mmdcn-zoo` for those who install a wheel. If the
+environment variable `MMDCN_ZOO` is set, it lies there instead: in a folder, or under an address that begins with
+file://, http:// or https://. MMEngine takes `mmdcn://…` wherever it takes a checkpoint: `load_from`,
+`init_cfg=dict(type='Pretrained', ...)`, `load_checkpoint`. The metafiles also name what mmdet has published, by its own
+addresses and without SHA256; those MMEngine downloads.
 """
 
 import difflib
@@ -18,7 +19,11 @@ import hashlib
 import os
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from mmengine.fileio import load
@@ -30,7 +35,7 @@ MIM = Path(__file__).parents[1] / '.mim'
 
 
 class ZooError(OSError):
-    """A model or a file that cannot be had; the message says what to do."""
+    """A model or a file that cannot be found or fetched; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -85,36 +90,64 @@ def find(name: str) -> Model:
 def fetch(name: str) -> Path:
     """Give the path of a checkpoint of mmdcn's own, once its hash is found right.
 
-    The file is kept where torch keeps those that it downloads, `torch.hub.get_dir()`/checkpoints, and copied or
-    downloaded again if it is not the right one.
+    A file on the disk is used where it lies. One from http(s) is downloaded to where torch keeps such files,
+    `torch.hub.get_dir()`/checkpoints, and downloaded again if it is not the right one.
 
     Args:
         name: The model's name, or the address of its weights.
 
     Raises:
-        ZooError: If there is no such model, or its file cannot be fetched, or is not the one that was published.
+        ZooError: If there is no such model, or its file cannot be found or fetched, or is not the published one.
     """
     model = find(name)
     if model.sha256 is None:
         raise ZooError(f'{name} is not published by mmdcn; let MMEngine download {model.weights}')
     filename = model.weights.removeprefix(ADDRESS)
     cached = Path(torch.hub.get_dir(), 'checkpoints', filename)
-    if not (cached.is_file() and hashlib.sha256(cached.read_bytes()).hexdigest() == model.sha256):
-        base = os.environ.get('MMDCN_ZOO') or str(model.config.parent)
-        if '://' not in base:
-            base = Path(base).expanduser().resolve().as_uri()
-        url = f'{base.rstrip("/")}/{filename}'
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            download_url_to_file(url, str(cached), model.sha256)
-        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: of another hash
-            raise ZooError(
-                f'{url} is not to be had: {error}. Set MMDCN_ZOO to the folder or the address that has {filename}'
-            ) from error
-    return cached
+    base = os.environ.get('MMDCN_ZOO', '').rstrip('/')
+    remote = base.startswith(('http://', 'https://'))
+    wrong = []
+    for path in (cached,) if remote else (*_places(model, base, filename), cached):
+        if path.is_file():
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found == model.sha256:
+                return path
+            wrong.append(f'{path} has sha256 {found}, not {model.sha256}; ')
+    if remote:
+        return _download(f'{base}/{filename}', cached, model.sha256)
+    if base:
+        raise ZooError(
+            f'{"".join(wrong)}MMDCN_ZOO must be a folder, or an address that begins with file://, http:// or https://, '
+            f'that has {filename}, got {base}'
+        )
+    raise ZooError(
+        f'{"".join(wrong)}{filename} is not on this machine: install it with `pip install --upgrade mmdcn-zoo`, or set '
+        'MMDCN_ZOO to the folder or the address that has it'
+    )
+
+
+def _places(model: Model, base: str, filename: str) -> list[Path]:
+    """List where the file of a model may lie on the disk."""
+    if base:
+        folder = url2pathname(urlsplit(base).path) if base.startswith('file://') else base
+        return [Path(folder).expanduser().absolute() / filename]
+    package = find_spec('mmdcn_zoo')
+    folders = [] if package is None else package.submodule_search_locations or []
+    return [model.config.with_name(filename), *(Path(folder, filename) for folder in folders)]
+
+
+def _download(url: str, path: Path, sha256: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        download_url_to_file(url, str(path), sha256)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: of another hash
+        raise ZooError(
+            f'{url} could not be fetched: {error}. Set MMDCN_ZOO to the folder or the address that has {path.name}'
+        ) from error
+    return path
 
 
 @CheckpointLoader.register_scheme(prefixes=ADDRESS)
-def load_from_zoo(filename: str, map_location: torch.serialization.MAP_LOCATION = None) -> dict:
+def load_from_zoo(filename: str, map_location: torch.serialization.MAP_LOCATION = None) -> dict[str, Any]:
     """Load a checkpoint of mmdcn's own from its address; MMEngine calls this."""
     return torch.load(fetch(filename), map_location=map_location, weights_only=True)

@@ -26,7 +26,7 @@ class LoadImageFromFile(loading.LoadImageFromFile):
     def __init__(self, *args: Any, imdecode_backend: str = 'pillow', **kwargs: Any) -> None:
         super().__init__(*args, imdecode_backend=imdecode_backend, **kwargs)
 
-    def transform(self, results: dict) -> dict | None:
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Load `results['img_path']` into `results['img']`, [H, W, 3], BGR, 0 to 255."""
         try:
             return super().transform(results)

@@ -9,9 +9,9 @@ from mmdet.models import detectors
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from mmdcn.converting import convert_model
 from mmdcn.deployment import dense_heads, roi_heads
 from mmdcn.deployment.nms import NONE, Candidates, check_nms, suppress
+from mmdcn.openmmlab.convert_model import convert_model
 
 
 class Detector(nn.Module):

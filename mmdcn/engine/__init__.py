@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs around a detector."""
+"""Parts of a training run: hooks, strategies, optimizer constructors."""
 
+from mmdcn.engine.amp_optim_wrapper import AmpOptimWrapper
 from mmdcn.engine.epoch_seed_hook import EpochSeedHook
 from mmdcn.engine.fsdp_strategy import FSDPStrategy
+from mmdcn.engine.offset_visualization_hook import OffsetVisualizationHook
 from mmdcn.engine.optim_wrapper_constructor import DCNOptimWrapperConstructor
 
-__all__ = ['DCNOptimWrapperConstructor', 'EpochSeedHook', 'FSDPStrategy']
+__all__ = [
+    'AmpOptimWrapper',
+    'DCNOptimWrapperConstructor',
+    'EpochSeedHook',
+    'FSDPStrategy',
+    'OffsetVisualizationHook',
+]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that end the same whether or not they were interrupted."""
+"""Runs whose results do not depend on interruptions."""
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, set_random_seed
@@ -12,8 +12,8 @@ class EpochSeedHook(Hook):
     """Seed every random generator anew at each epoch, from the run's seed and the epoch's number.
 
     mmengine's checkpoints do not hold the state of the generators, which draw the samples of anchors and the
-    augmentations: a resumed run goes on with other draws. With this hook, and data loaded in the main process
-    (`num_workers=0`), a run resumed at an epoch repeats to the bit what an undisturbed one would have done.
+    augmentations, so a resumed run draws other numbers. With this hook, and data loaded in the main process
+    (`num_workers=0`), a run that is resumed at an epoch gives the same bits as one that was not interrupted.
     """
 
     def before_train_epoch(self, runner: Runner) -> None:

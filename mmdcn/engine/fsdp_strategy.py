@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training with the parameters sharded over the processes."""
 
+from typing import Any
+
 import torch
-from mmengine._strategy import fsdp
 from torch import nn
 
+from mmdcn._private_hooks import mmengine_fsdp
 from mmdcn.registry import STRATEGIES
+
+fsdp: Any = mmengine_fsdp()
 
 
 @STRATEGIES.register_module()
@@ -15,15 +19,15 @@ class FSDPStrategy(fsdp.FSDPStrategy):
     The arguments are those of `mmengine.FSDPStrategy`; `configs/_base_/strategies/fsdp.py` sets them.
     """
 
-    model_wrapper: dict | None
+    model_wrapper: dict[str, Any] | None
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if not torch.cuda.is_available():
             self.model_wrapper = dict(self.model_wrapper or {}, device_id='cpu')
         return super()._wrap_model(model)
 
-    def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Load the optimizer's state. mmengine calls torch with the arguments of old, in their old order."""
+    def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the optimizer's state. mmengine passes torch's arguments in the order of an older torch."""
         optimizer = self.optim_wrapper.optimizer
         state_dict = fsdp.FSDP.optim_state_dict_to_load(self.model, optimizer, optim_state_dict=state_dict)
         self.optim_wrapper.load_state_dict(state_dict)

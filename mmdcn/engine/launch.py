@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to a runner, with a message for everything that a user can put right."""
+"""From a command line to a runner, with a message for every error that a user can fix."""
 
 import argparse
 import ast
@@ -15,16 +15,20 @@ from typing import Any
 
 import mmcv.ops
 import torch
+from mmdet.registry import MODELS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import RUNNERS, Registry, root
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS, Registry, init_default_scope, root
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
+from mmdcn._private_hooks import parse_option
 from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.checkpoints.safe_globals import allow_mmengine_checkpoints
 from mmdcn.checkpoints.zoo import ZooError
 from mmdcn.datasets import ImageError
+from mmdcn.utils.files import replacing
 
 _CONVERTERS = {
     'mnist_scenes': 'python tools/dataset_converters/mnist_scenes.py',
@@ -36,11 +40,11 @@ _ROOTS = [registry for registry in vars(root).values() if isinstance(registry, R
 
 
 class LaunchError(Exception):
-    """Something a user can put right; the message says what and how."""
+    """An error that a user can fix; the message says how."""
 
 
 class Options(argparse.Action):
-    """mmengine's DictAction, which knows dicts as well: `KEY=[dict(type="EMAHook")]`."""
+    """mmengine's DictAction, which also takes dicts: `KEY=[dict(type="EMAHook")]`."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         """Add the settings to those that were given before."""
@@ -61,12 +65,12 @@ class Options(argparse.Action):
 
 def _parse_value(text: str) -> Any:
     if 'dict(' not in text and '{' not in text:
-        return DictAction._parse_iterable(text)
+        return parse_option(text)
     return _value_of(ast.parse(text.strip(), mode='eval').body)
 
 
 def _value_of(node: ast.expr) -> Any:
-    """Give the value of an expression; a word needs no quotes, as nowhere in an option."""
+    """Return the value of an expression; a word needs no quotes, as everywhere in an option."""
     match node:
         case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(one.arg for one in keywords):
             return {one.arg: _value_of(one.value) for one in keywords}
@@ -138,6 +142,8 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
             _check_dataset(dataset, f'{loop}_dataloader')
     # Recompiling for each shape of image would otherwise stop at torch's default limit.
     setup_cache_size_limit_of_dynamo()
+    if get_device() == 'cpu':
+        _use_amp_of_cpu(cfg)
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _distribute_on_cpu(cfg)
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
@@ -146,29 +152,43 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
     return runner
 
 
-@contextmanager
-def explained(cfg: Config) -> Iterator[None]:
-    """Name the place in the config of what a user can put right.
-
-    That is a `type` that nothing knows, a file that is not there, weights that need torchvision, and a checkpoint with
-    what it should not hold.
+def build_model(config: str | Path) -> torch.nn.Module:
+    """Build the model of a config file.
 
     Raises:
-        LaunchError: Instead of the error that such a thing has caused. All others pass, with their traceback.
+        LaunchError: If the config names what nothing knows, or a file that is not there.
+    """
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    with explained(cfg):
+        return MODELS.build(cfg.model)
+
+
+@contextmanager
+def explained(cfg: Config) -> Iterator[None]:
+    """Name the place in the config of an error that a user can fix.
+
+    These are a `type` that is not registered, a missing file, weights that need torchvision, and a checkpoint that
+    holds more than data.
+
+    Raises:
+        LaunchError: Instead of such an error. All other errors keep their traceback.
     """
     try:
         yield
     except FileNotFoundError as error:
         name = error.filename or str(error).removesuffix(' can not be found.')  # mmengine's words
-        places = [place for place, text in _texts(cfg._cfg_dict, '') if text == str(name)]
+        places = [place for place, text in _texts(dict(cfg.items()), '') if text == str(name)]
         if not places:
             raise
         raise LaunchError(f'{" and ".join(places)}: {name} does not exist') from error
     except ModuleNotFoundError as error:
-        weights = [text for _, text in _texts(cfg._cfg_dict, '') if text.startswith(('torchvision://', 'modelzoo://'))]
+        weights = [
+            text for _, text in _texts(dict(cfg.items()), '') if text.startswith(('torchvision://', 'modelzoo://'))
+        ]
         if error.name != 'torchvision' or not weights:
             raise
-        place = next(place for place, text in _texts(cfg._cfg_dict, '') if text == weights[0])
+        place = next(place for place, text in _texts(dict(cfg.items()), '') if text == weights[0])
         raise LaunchError(
             f'{place}: {weights[0]} needs torchvision, which is not installed: `pip install torchvision`, or name a '
             f'checkpoint file there, or train from scratch with {place.removesuffix(".checkpoint")}=None'
@@ -191,21 +211,20 @@ def explained(cfg: Config) -> Iterator[None]:
 
 
 def mend_last_checkpoint(work_dir: Path) -> None:
-    """Name the last checkpoint again where a kill has left the note of it empty, which mmengine rewrites in place.
+    """Restore the file `last_checkpoint` if a kill has left it empty: mmengine rewrites it in place.
 
-    The note is written after its checkpoint, so the newest one is whole.
+    It is written after its checkpoint, so the newest checkpoint is complete.
     """
     note = work_dir / 'last_checkpoint'
     if note.exists() and not note.read_text():
         checkpoints = [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')]
-        beside = note.with_name(note.name + '.partial')
-        beside.write_text(str(max(checkpoints, key=lambda path: path.stat().st_mtime)))
-        beside.replace(note)
+        with replacing(note) as beside:
+            beside.write_text(str(max(checkpoints, key=lambda path: path.stat().st_mtime)))
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run a tool, and print what a user can put right as one line instead of a traceback."""
-    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # onedl-mmengine would load anything else at the second try
+    """Run a tool, and print an error that a user can fix as one line instead of a traceback."""
+    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # onedl-mmengine would retry without it, and load anything
     allow_mmengine_checkpoints()
     try:
         main()
@@ -215,8 +234,15 @@ def run(main: Callable[[], None]) -> int:
     return 0
 
 
+def _use_amp_of_cpu(cfg: Config) -> None:
+    """Replace mmengine's AmpOptimWrapper, which refuses a CPU."""
+    wrapper = cfg.get('optim_wrapper') or {}
+    if str(getattr(wrapper.get('type'), '__name__', wrapper.get('type'))).split('.')[-1] == 'AmpOptimWrapper':
+        wrapper['type'] = 'mmdcn.AmpOptimWrapper'
+
+
 def _distribute_on_cpu(cfg: Config) -> None:
-    """Start gloo, and keep mmengine from giving each process a GPU of its own."""
+    """Start gloo, and keep mmengine from assigning a GPU to each process."""
     torch.distributed.init_process_group('gloo')
     default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
     cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg', default), device_ids=None)
@@ -254,20 +280,20 @@ def _check_dataset(dataset: ConfigDict, loader: str) -> None:
 
 
 def _unknown_types(cfg: Config, scope: str) -> Iterator[tuple[str, str]]:
-    """Give the place and the name of every `type` that neither a registry nor mmcv.ops has."""
-    for place, name in _types(cfg._cfg_dict, ''):
+    """Yield the place and the name of every `type` that neither a registry nor mmcv.ops has."""
+    for place, name in _types(dict(cfg.items()), ''):
         full_name = name if '.' in name else f'{scope}.{name}'
         if not any(registry.get(full_name) for registry in _ROOTS) and not hasattr(mmcv.ops, name):
             yield place, name
 
 
 def _types(node: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Give the place and the name of every `type`."""
+    """Yield the place and the name of every `type`."""
     return ((where, text) for where, text in _texts(node, place) if where.split('.')[-1] == 'type')
 
 
 def _texts(node: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Give every text of a config with its place, such as `model.neck[0].type`."""
+    """Yield every text of a config with its place, such as `model.neck[0].type`."""
     if isinstance(node, str):
         yield place, node
     elif isinstance(node, dict):

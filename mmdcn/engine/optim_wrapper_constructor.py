@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A learning rate of their own for all layers that predict offsets."""
+"""A separate learning rate for all layers that predict offsets."""
 
 import logging
 import re
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -19,21 +20,20 @@ _PREDICTS_OFFSETS = re.compile(
 class DCNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's constructor, whose `dcn_offset_lr_mult` reaches every layer that predicts offsets, and only those.
 
-    mmengine's own sees those inside of mmcv's deformable layers and their subclasses, mmdcn's among them. Heads and
-    necks keep theirs beside the layer. The rule is: a layer that serves nothing but the offsets (and masks) of a
-    deformable convolution is one. By the name of the module, these are:
+    mmengine's own reaches those inside mmcv's deformable layers and their subclasses, mmdcn's among them. Heads and
+    necks keep theirs beside the layer. The rule: a layer that serves nothing but the offsets (and masks) of a
+    deformable convolution predicts offsets. By the name of the module, these are:
 
-    | name | in |
-    |---|---|
-    | `conv_offset` | packed layers, whatever their class; FoveaBox's FeatureAlign; guided anchoring's FeatureAdaption |
-    | `spatial_conv_offset` | DyHead |
-    | `offset` | GLIP's DyConv |
-    | `offset_s`, `offset_l` | the switchable atrous convolution of DetectoRS |
-    | `tl_dcn_offset`, `br_dcn_offset` | CentripetalNet |
-    | `reg_offset_module` | TOOD, both of its convolutions |
+    - `conv_offset` in packed layers, whatever their class; FoveaBox's FeatureAlign; guided anchoring's FeatureAdaption
+    - `spatial_conv_offset` in DyHead
+    - `offset` in GLIP's DyConv
+    - `offset_s` and `offset_l` in the switchable atrous convolution of DetectoRS
+    - `tl_dcn_offset` and `br_dcn_offset` in CentripetalNet
+    - `reg_offset_module` in TOOD, both of its convolutions
 
-    Not so the layers whose output is a prediction with a loss of its own as well (the points of RepPoints, the boxes
-    of VFNet), and the fully connected ones of deformable RoI pooling. `custom_keys` goes before all of this, as ever.
+    It does not reach the layers whose output is also a prediction with a loss of its own (the points of RepPoints, the
+    boxes of VFNet), nor the fully connected ones of deformable RoI pooling. `custom_keys` takes
+    precedence, as in mmengine.
 
     Args:
         optim_wrapper_cfg: As of `mmengine.optim.DefaultOptimWrapperConstructor`.
@@ -58,7 +58,11 @@ class DCNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return wrapper
 
     def add_params(
-        self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
+        self,
+        params: list[dict[str, Any]],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: int | float | None = None,
     ) -> None:
         """Add the parameters of a module and of its children, as mmengine's method of this name does."""
         if not _PREDICTS_OFFSETS.search(prefix):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector needs around the operators."""
+"""Parts of detectors: backbones, RoI extractors, fusion for inference."""
 
 from importlib.util import find_spec
 
 from mmdcn.models.fuse_conv_bn import fuse_conv_bn
+from mmdcn.modules._mmcv_layers import MMCV_HAS_OPS
 
 __all__ = ['fuse_conv_bn']
 
-if find_spec('mmdet') is not None:  # optional, and the base of these
+if MMCV_HAS_OPS and find_spec('mmdet') is not None:  # optional, and the base of these
     from mmdcn.models.resnet import ResNet, ResNetV1d
     from mmdcn.models.roi_extractor import SingleRoIExtractor
 

@@ -13,7 +13,6 @@ from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.wrappers import Conv2d
 from mmengine.logging import print_log
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mmdcn import modules
@@ -24,7 +23,7 @@ with suppress(ImportError):  # mmdet is optional
 
     _TAKEN_APART = (TaskDecomposition,)
 
-# What these give is linear in the weight and the bias. That is not so for every subclass: mmcv's ConvWS2d, for one.
+# Their outputs are linear in weight and bias. Those of a subclass need not be: mmcv's ConvWS2d is not.
 _CONVS = {
     nn.Conv2d,
     Conv2d,
@@ -34,13 +33,13 @@ _CONVS = {
     modules.ModulatedDeformConv2d,
     modules.ModulatedDeformConv2dPack,
 }
-_NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+_NORMS = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
     """Fold each batch normalization into the convolution that feeds it, plain or deformable.
 
-    The fused model computes what the model did in eval mode, but for rounding: a deformable convolution, too, is
+    The fused model computes what the model computes in eval mode, up to rounding: a deformable convolution, too, is
     linear in its weight and bias. It is not for training.
 
     Which convolution feeds a normalization is not guessed from the order of their definition, as in mmcv's function
@@ -74,13 +73,13 @@ def _fuse(conv: Any, norm: Any) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Follow the forward of one module alone; each module that it calls is one node."""
+    """Trace the forward of one module; each module that it calls is one node."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        if obj.node.args[1:] == ('requires_grad',):  # asked by blocks that can checkpoint; false in inference
+        if obj.node.args[1:] == ('requires_grad',):  # blocks that can checkpoint ask for it; it is false in inference
             return False
         return super().to_bool(obj)
 
@@ -103,7 +102,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _pairs(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Give the names of each convolution whose output goes into a normalization alone, and of that."""
+    """Yield the names of each convolution and normalization where the former's output goes into the latter alone."""
     defaults = {
         name: parameter.default
         for name, parameter in signature(module.forward).parameters.items()

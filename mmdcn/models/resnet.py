@@ -15,24 +15,25 @@ from mmdcn.registry import MODELS
 class ResNet(resnet.ResNet):
     """mmdet's ResNet, in which the 3x3 convolution of any block may be deformable, at depths 18 and 34 too.
 
-    In a block with two 3x3 convolutions that is the second one, `conv2`, which has no stride. The arguments and the
-    parameters' names are those of `mmdet.ResNet`; what `dcn` and `stage_with_dcn` mean is said here in full.
+    In a block with two 3x3 convolutions it is the second one, `conv2`, which has no stride. The arguments and the names
+    of the parameters are those of `mmdet.ResNet`; `dcn` and `stage_with_dcn` mean more than there.
 
     Args:
-        dcn: The deformable layer's config, such as `dict(type='mmdcn.DCNv2', deform_groups=1)`. It is left as it is.
+        dcn: The deformable layer's config, such as `dict(type='mmdcn.DCNv2', deform_groups=1)`. It is not modified.
             With `fallback_on_stride=True` in it, the 3x3 convolutions that have a stride stay plain: those of the
             first block of a stage, in the `pytorch` style of the depths 50, 101 and 152.
         stage_with_dcn: One entry for each stage: a bool for all of its blocks, or one bool for each of them.
 
     Raises:
-        ValueError: If `conv_cfg` is given beside `dcn`, or an entry of `stage_with_dcn` has not one bool per block.
+        ValueError: If `conv_cfg` is given beside `dcn`, or an entry of `stage_with_dcn` is neither a bool nor one bool
+            for each block.
 
     Example:
         `ResNet(18, dcn=dict(type='mmdcn.DCN'), stage_with_dcn=(False, False, (False, True), True))` has a deformable
         layer in the second block of the third stage and in both of the fourth.
     """
 
-    def make_res_layer(self, *, dcn: dict | None = None, **kwargs: Any) -> nn.Sequential:
+    def make_res_layer(self, *, dcn: dict[str, Any] | None = None, **kwargs: Any) -> nn.Sequential:
         """Make a stage of plain blocks, then put deformable layers where they are wanted."""
         stage = super().make_res_layer(**kwargs)
         if dcn is None:
@@ -41,7 +42,7 @@ class ResNet(resnet.ResNet):
             raise ValueError(
                 f'conv_cfg must be None where dcn is given, got conv_cfg={kwargs["conv_cfg"]}; remove one of them'
             )
-        index = len(self.res_layers)  # of this stage: those before it are there
+        index = len(self.res_layers)  # of this stage: the earlier ones are in the list
         wanted = self.stage_with_dcn[index]
         if not isinstance(wanted, list | tuple):
             wanted = [wanted] * len(stage)
@@ -64,7 +65,7 @@ class ResNetV1d(ResNet, resnet.ResNetV1d):
     """`ResNet` with mmdet's deep stem and average pooling before the downsampling convolutions."""
 
 
-def _build_like(conv: nn.Conv2d, cfg: dict) -> nn.Module:
+def _build_like(conv: nn.Conv2d, cfg: dict[str, Any]) -> nn.Module:
     return build_conv_layer(
         cfg,
         conv.in_channels,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdet's extractor of regions, with layers from the registry."""
+"""mmdet's RoI extractor, with layers from the registry."""
+
+from typing import Any
 
 import mmcv.ops
 from mmdet.models import roi_heads
@@ -12,12 +14,13 @@ from mmdcn.registry import MODELS
 class SingleRoIExtractor(roi_heads.SingleRoIExtractor):
     """mmdet's SingleRoIExtractor, which finds mmdcn's RoI layers by their names.
 
-    The arguments are mmdet's. mmdet's own asks `mmcv.ops` for the `type` of `roi_layer`, and no registry; this asks
-    mmdcn's registry first: `DeformRoIPoolPack` or `mmdcn.DeformRoIPoolPack` are mmdcn's, `RoIAlign` is mmcv's.
+    The arguments are mmdet's. mmdet's own looks the `type` of `roi_layer` up in `mmcv.ops`, not in a registry. This one
+    looks into mmdcn's registry first: `DeformRoIPoolPack` and `mmdcn.DeformRoIPoolPack` are mmdcn's, `RoIAlign` is
+    mmcv's.
     """
 
-    def build_roi_layers(self, layer_cfg: dict, featmap_strides: list[int]) -> nn.ModuleList:
-        """Build a layer for each level, whose pixels are so many pixels of the image apart.
+    def build_roi_layers(self, layer_cfg: dict[str, Any], featmap_strides: list[int]) -> nn.ModuleList:
+        """Build a layer for each level; `featmap_strides` are their strides in pixels of the image.
 
         Raises:
             ValueError: If neither the registry nor mmcv.ops has the type.

@@ -4,9 +4,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
 
+from mmdcn._private_hooks import count_in_mmengine
 from mmdcn.ops._flops import PER_SAMPLE, convolution_size, samples_of_bins
 
 
@@ -39,5 +39,4 @@ def deform_roi_pool_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 
 for _name, _count in (('deform_conv2d', deform_conv2d_flops), ('deform_roi_pool', deform_roi_pool_flops)):
-    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[f'mmdcn::{_name}'] = _count
-    complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[f'mmdcn::{_name}'] = generic_activation_jit()
+    count_in_mmengine(f'mmdcn::{_name}', _count, generic_activation_jit())

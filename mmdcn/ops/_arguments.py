@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators ask of their arguments, and how they say it."""
+"""Checks of the operators' arguments, and their messages."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
-    """Give (y, x) from one integer or two, none less than the minimum nor as large as 2^31."""
+    """Return (y, x) from one integer or two, none less than the minimum nor as large as 2^31."""
     both = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(both) != 2 or not all(_is_integer(one) for one in both):
         raise ValueError(f'{name} must be an integer or a pair (y, x) of integers, got {value!r}')
@@ -31,10 +31,10 @@ def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     return _as_int(both[0]), _as_int(both[1])
 
 
-def count(value: int, name: str) -> int:
-    """Give an integer, 0 or more and less than 2^31."""
-    if not _is_integer(value) or value < 0:
-        raise ValueError(f'{name} must be an integer, 0 or more, got {value!r}')
+def count(value: int, name: str, minimum: int = 0) -> int:
+    """Return an integer that is not less than the minimum, and less than 2^31."""
+    if not _is_integer(value) or value < minimum:
+        raise ValueError(f'{name} must be an integer, {minimum} or more, got {value!r}')
     if value >= LIMIT:
         raise ValueError(f'{name} must be less than 2^31, got {value}')
     return _as_int(value)
@@ -44,7 +44,7 @@ def _is_integer(value: Any) -> bool:
     if isinstance(value, int | torch.SymInt):
         return True
     try:
-        operator.index(value)  # of numpy, for one
+        operator.index(value)  # numpy's integers have it
     except TypeError:
         return False
     return True
@@ -55,16 +55,16 @@ def _as_int(value: Any) -> Any:
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:
-    """Raise a ValueError with a message that says what was expected, and what came.
+    """Raise a ValueError with a message that says what was expected and what was given.
 
-    The message is a function because torch.compile takes a size that is formatted for a constant.
+    The message is a function, because torch.compile specializes on a size that is formatted into a string.
     """
     if not condition:
         raise ValueError(message())
 
 
 def check_floating(tensor: Any, name: str, rank: int, layout: str) -> None:
-    """Check that an argument is a floating-point tensor of a rank; `layout` tells what its sizes mean."""
+    """Check that an argument is a floating-point tensor of this rank; `layout` names its dimensions."""
     check(isinstance(tensor, Tensor), lambda: f'{name} must be a tensor {layout}, got {type(tensor).__name__}')
     check(
         tensor.layout == torch.strided,
@@ -93,7 +93,7 @@ def check_like(tensor: Tensor, name: str, like: Tensor, *types: torch.dtype) -> 
 
 
 def check_shape(tensor: Tensor, name: str, layout: str, *sizes: int) -> None:
-    """Check the sizes of an argument of the right rank; `layout` tells what they mean."""
+    """Check the shape of an argument whose rank is right; `layout` names its dimensions."""
     check(
         all(got == size for got, size in zip(tensor.shape, sizes, strict=True)),
         lambda: f'{name} must have shape {layout} = {list(sizes)}, got shape {list(tensor.shape)}',
@@ -101,7 +101,7 @@ def check_shape(tensor: Tensor, name: str, layout: str, *sizes: int) -> None:
 
 
 def check_output_mask(output_mask: Sequence[bool], count: int, index: int, name: str, tensor: Tensor | None) -> None:
-    """Check what says which gradients are needed; the one at the index is that of a tensor that may be absent."""
+    """Check the flags of the gradients that are needed; the tensor of the flag at `index` may be absent."""
     check(
         len(output_mask) == count,
         lambda: f'output_mask must have {count} elements, got {len(output_mask)}',
@@ -113,27 +113,22 @@ def check_output_mask(output_mask: Sequence[bool], count: int, index: int, name:
 
 
 def single_if_low(input: Tensor) -> list[torch.dtype]:
-    """Give float32 if the input's type is narrower: places have more digits than that."""
+    """Return float32 if the input's type is narrower: places have more digits than that."""
     return [torch.float32] if input.dtype in (torch.float16, torch.bfloat16) else []
 
 
 @torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot look inside
-def _knows_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-@torch.compiler.assume_constant_result
 def _cudnn_allows_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == 'tf32'  # type: ignore[attr-defined]
 
 
 def allow_tf32(input: Tensor) -> bool:
-    """Tell whether products of float32 may be of TF32, as those of torch's convolutions may."""
+    """Tell whether float32 products may use TF32; the setting is that of torch's convolutions."""
     return input.dtype == torch.float32 and input.is_cuda and _cudnn_allows_tf32()
 
 
 def overridable(function: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
-    """Let what stands for a tensor have its way with a function, as torch's own do: for torch.fx it is one node."""
+    """Make a function overridable by `__torch_function__`, as torch's own are: torch.fx records it as one node."""
 
     @wraps(function)
     def public(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Tensor:
@@ -143,18 +138,3 @@ def overridable(function: Callable[Parameters, Tensor]) -> Callable[Parameters, 
         return function(*args, **kwargs)
 
     return public
-
-
-def autocast(values: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
-    """Bring values, the input first, to autocast's type, and what makes places or masks to float32."""
-    device = values[0].device.type if isinstance(values[0], Tensor) else ''
-    if not (device and _knows_autocast(device) and torch.is_autocast_enabled(device)):
-        return list(values), list(places)
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-            return tensor.to(dtype)
-        return tensor  # float64 too, as torch's own rules do
-
-    low = torch.get_autocast_dtype(device)
-    return [cast(value, low) for value in values], [cast(place, torch.float32) for place in places]

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators return, as far as torch.compile must know it: the twins of functions in csrc/core/stable_ops.h."""
+"""Empty results for fake tensors: the counterparts of functions in csrc/core/stable_ops.h."""
 
 import torch
 from torch import Tensor
 
 
 def memory_format(images: Tensor) -> torch.memory_format:
-    """Give the memory format that suits a [B, C, H, W] tensor's strides."""
+    """Return the memory format that suits a [B, C, H, W] tensor's strides."""
     channels_last = images.shape[1] > 1 and images.stride(1) == 1 and images.stride(3) >= images.shape[1]
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def empty_gradient(needed: bool, tensor: Tensor, format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Give a gradient of a tensor; one that is not needed has no elements."""
+    """Return a gradient of a tensor; one that is not needed has no elements."""
     if not needed:
         return tensor.new_empty(0)
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=format)

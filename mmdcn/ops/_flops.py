@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators compute, for `torch.utils.flop_counter.FlopCounterMode`, and for mmengine's counter.
+"""FLOPs of the operators, for `torch.utils.flop_counter.FlopCounterMode` and for mmengine's counter.
 
-Multiplications that are followed by an addition are counted: torch counts two flops for each, mmengine one. Those are
-of the products of matrices, and four for each bilinear sample of each channel, as mmengine counts a `grid_sample`.
-What is done once for all channels is not counted: to find a place, to scale by a mask.
+Multiply-adds are counted: torch counts two flops for each, mmengine one. They are those of the matrix products, and
+four for each bilinear sample of each channel, as mmengine counts a `grid_sample`. What is done once for all channels
+(to locate a sample, to scale by a mask) is not counted.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ PER_SAMPLE = 4  # of one channel: its corners
 
 
 def convolution_size(input: Shape, weight: Shape, output: Shape) -> tuple[int, int]:
-    """Give the multiply-adds of a convolution's product, and the samples of all channels."""
+    """Return the multiply-adds of a convolution's product, and the samples of all channels."""
     positions = output[0] * prod(output[2:])
     return positions * prod(weight), positions * input[1] * prod(weight[2:])
 
 
 def samples_of_bins(rois: Any, bins: Shape, spatial_scale: float, sampling_ratio: int) -> int:
-    """Give the number of samples of all bins [N, C, ph, pw].
+    """Return the number of samples of all bins [N, C, ph, pw].
 
-    With a `sampling_ratio` of 0 it follows from the regions: as many as each bin has pixels. Where only their shape is
-    known, it is one for each bin, the least.
+    With a `sampling_ratio` of 0 it follows from the regions: as many as each bin has pixels. If only the shape of the
+    regions is known, one for each bin is counted, the least that is possible.
     """
     if sampling_ratio:
         return prod(bins) * sampling_ratio**2

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator needs to be differentiated and mapped by torch in every way.
+"""What lets torch differentiate and map an operator in every way.
 
 Note: [Three ways to run]
-A compiled operator knows the reverse mode: that is all that torch.compile asks of it.
-Eager code, and the transforms of torch.func (grad, vmap), which do not see through an operator, have an autograd
-function that runs the operator, and has the operator's own backward. Forward-mode differentiation runs the
-reference: through an operator a tangent vanishes without a word, and forward over forward mode through an autograd
+torch.compile calls the operator, which has a reverse mode; it needs no other.
+Eager code and the transforms of torch.func (grad, vmap) call an autograd function, because the transforms do not see
+through an operator. It runs the operator and its backward.
+Forward mode runs the reference. An operator silently drops tangents, and forward over forward mode through an autograd
 function gives wrong numbers (in torch 2.13, for any autograd function).
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmdcn._extension import check_device
+from mmdcn._private_hooks import apply_quickly, below_autograd, is_transformed, may_have_tangents
 
 
 def run(
@@ -26,20 +27,19 @@ def run(
     function: type[torch.autograd.Function],
     *arguments: Any,
 ) -> Any:
-    """Run an operator in the way that whatever transforms it can follow."""
-    transformed = torch._C._are_functorch_transforms_active()
-    if forward_ad._current_level >= 0 and (transformed or _has_tangent(arguments)):
+    """Run an operator in the way that suits the transform around the call: see Note [Three ways to run]."""
+    transformed = is_transformed()
+    if may_have_tangents() and (transformed or _has_tangent(arguments)):
         return reference(*arguments)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return (function.apply if transformed else operator)(*arguments)
-    # A fake tensor may be on a device that is not there.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return (function.apply if transformed else operator)(*arguments)  # type: ignore[no-untyped-call]
+    # A fake tensor may be on a device that does not exist.
     if arguments[0].is_cuda and torch.cuda.is_initialized():
         check_device(arguments[0].device)
     if transformed:
         return function.apply(*arguments)
     if torch.is_grad_enabled() and _needs_gradient(arguments):
-        # Function.apply would bind the arguments to the signature first, which takes longer than all the rest.
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return apply_quickly(function, *arguments)
     return _below_autograd(operator, *arguments)
 
 
@@ -48,8 +48,7 @@ def _needs_gradient(arguments: Sequence[Any]) -> bool:
 
 
 def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
-    # The derivative that torch.library has registered for torch.compile takes some 0.3 ms of Python in each call.
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return operator(*arguments)
 
 
@@ -65,14 +64,14 @@ def register(
     backward: Callable[..., Any],
     vmap: Callable[..., Any],
 ) -> type[torch.autograd.Function]:
-    """Give an operator its derivative and its rule for vmap, and give it as torch.func wants it, for `run`.
+    """Register the derivative and the vmap rule of an operator, and return the autograd function that `run` needs.
 
     Args:
-        name: The operator's, in `torch.ops.mmdcn`.
-        call: What runs it by `run`, for the vmap of torch.func.
-        setup_context: As of an autograd function.
+        name: Name of the operator in `torch.ops.mmdcn`.
+        call: Runs the operator through `run`; torch.func's vmap calls it.
+        setup_context: As for an autograd function.
         backward: Likewise.
-        vmap: Likewise, but for a first argument: what to call once.
+        vmap: Likewise, with one argument more, the first: the function to call once.
     """
     operator = getattr(torch.ops.mmdcn, name).default
     torch.library.register_autograd(f'mmdcn::{name}', backward, setup_context=setup_context)
@@ -89,7 +88,7 @@ def register(
 def pull_back(
     function: Callable[..., Any], tensors: Sequence[Tensor | None], settings: Sequence[Any], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """Give the gradients of a function's arguments, the tensors and then the settings, from those of its results."""
+    """Return the gradients of a function's arguments (tensors, then settings) from those of its results."""
 
     def of_present(*present: Tensor) -> Any:
         values = iter(present)
@@ -101,19 +100,19 @@ def pull_back(
 
 
 def into_batch(size: int, dim: int | None, tensor: Tensor | None) -> Tensor | None:
-    """Bring a tensor [B, ...], mapped V times along dim, to [V*B, ...]."""
+    """Reshape a tensor [B, ...], mapped V times along dim, to [V*B, ...]."""
     return None if tensor is None else _mapped_first(size, dim, tensor).flatten(0, 1)
 
 
 def into_channels(size: int, dim: int | None, tensor: Tensor | None) -> Tensor | None:
-    """Bring a tensor [B, C, ...], mapped V times along dim, to [B, V*C, ...]."""
+    """Reshape a tensor [B, C, ...], mapped V times along dim, to [B, V*C, ...]."""
     if tensor is None:
         return None
     return _mapped_first(size, dim, tensor).movedim(0, 1).flatten(1, 2)
 
 
 def unfold(size: int, dim: int, tensor: Tensor) -> Tensor:
-    """Take the V parts of a dimension apart: [..., V*N, ...] to [..., V, N, ...]."""
+    """Split a dimension into its V parts: [..., V*N, ...] to [..., V, N, ...]."""
     return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
 
 

@@ -11,7 +11,6 @@ from mmdcn import reference
 from mmdcn.ops._arguments import (
     Pair,
     allow_tf32,
-    autocast,
     check,
     check_floating,
     check_like,
@@ -21,6 +20,7 @@ from mmdcn.ops._arguments import (
     pair,
     single_if_low,
 )
+from mmdcn.ops._autocast import autocast
 from mmdcn.ops._fake import empty_gradient, memory_format
 from mmdcn.ops._transforms import into_batch, into_channels, pull_back, register, run, unfold
 
@@ -39,11 +39,11 @@ def deform_conv2d(
     dilation: int | Sequence[int] = 1,
     mask: Tensor | None = None,  # [B, G*K, H_out, W_out]
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Convolve with taps that each output position moves by offsets of its own, and scales.
+    """Convolve with taps that each output position moves by its own offsets and scales by its own mask.
 
     Without a mask this is DCNv1 (Dai et al., Deformable Convolutional Networks, ICCV 2017,
     section 2.1), with one it is DCNv2 (Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3.2).
-    Sampling is bilinear; outside the image all is zero. With zero offsets and no mask, it is a
+    Sampling is bilinear, and the image is zero outside. With zero offsets and no mask it is a
     convolution.
 
     The kernel has K = kh * kw taps, numbered row by row. `groups` follows from the shape of the
@@ -81,12 +81,12 @@ def deform_conv2d(
         groups = _groups(input, offset, weight)
         return _convolve(input, offset, mask, weight, bias, *geometry, *groups, allow_tf32(input))
     except Exception:
-        _check(input, offset, weight, bias, *geometry, mask)  # as the operator does, but this says what is wrong
+        _check(input, offset, weight, bias, *geometry, mask)  # refuses the same, and says what is wrong
         raise
 
 
 def _groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Give the number of weight groups and of offset groups that follow from the shapes, if those fit."""
+    """Return the number of weight groups and of offset groups that follow from the shapes, if those fit."""
     _, group_channels, kernel_height, kernel_width = weight.shape
     return input.shape[1] // group_channels, offset.shape[1] // (2 * kernel_height * kernel_width)
 
@@ -107,11 +107,39 @@ def _check(
     dilation: Pair,
     mask: Tensor | None,
 ) -> tuple[int, int]:
-    """Check every argument, and give the number of weight groups and of offset groups."""
+    """Check every argument, and return the number of weight groups and of offset groups."""
     check_floating(input, 'input', 4, '[B, C_in, H, W]')
     check_floating(weight, 'weight', 4, '[C_out, C_in/groups, kh, kw]')
     check_floating(offset, 'offset', 4, '[B, 2*G*K, H_out, W_out]')
-    batch, channels, height, width = input.shape
+    groups, offset_groups = _check_groups(input, offset, weight)
+    height, width = input.shape[2:]
+    kernel_height, kernel_width = weight.shape[2:]
+    out_size = _output_size(input, weight, stride, padding, dilation)
+    check(
+        out_size[0] > 0 and out_size[1] > 0,
+        lambda: (
+            f'input must be large enough for a {kernel_height} x {kernel_width} kernel with padding {padding} and '
+            f'dilation {dilation}; the output would be empty, got {height} x {width} pixels'
+        ),
+    )
+    samples = offset_groups * kernel_height * kernel_width
+    check_shape(offset, 'offset', '[B, 2*G*K, H_out, W_out]', input.shape[0], 2 * samples, *out_size)
+    check_like(weight, 'weight', input, input.dtype)
+    check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
+    if mask is not None:
+        check_floating(mask, 'mask', 4, '[B, G*K, H_out, W_out]')
+        check_shape(mask, 'mask', '[B, G*K, H_out, W_out]', input.shape[0], samples, *out_size)
+        check_like(mask, 'mask', input, offset.dtype)
+    if bias is not None:
+        check_floating(bias, 'bias', 1, '[C_out]')
+        check_shape(bias, 'bias', '[C_out]', weight.shape[0])
+        check_like(bias, 'bias', input, input.dtype)
+    return groups, offset_groups
+
+
+def _check_groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Check that channels divide into groups, and return the number of weight groups and of offset groups."""
+    _, channels, height, width = input.shape
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
     check(
         channels * height * width > 0,
@@ -146,32 +174,6 @@ def _check(
             f'got {offset.shape[1]} channels, {offset_groups} offset groups'
         ),
     )
-    out_size = _output_size(input, weight, stride, padding, dilation)
-    check(
-        out_size[0] > 0 and out_size[1] > 0,
-        lambda: (
-            f'input must be large enough for a {kernel_height} x {kernel_width} kernel with padding {padding} and '
-            f'dilation {dilation}; the output would be empty, got {height} x {width} pixels'
-        ),
-    )
-    check_shape(offset, 'offset', '[B, 2*G*K, H_out, W_out]', batch, 2 * offset_groups * taps, *out_size)
-    check_like(weight, 'weight', input, input.dtype)
-    check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
-    if mask is not None:
-        check_floating(mask, 'mask', 4, '[B, G*K, H_out, W_out]')
-        check_shape(
-            mask,
-            'mask',
-            '[B, G*K, H_out, W_out]',
-            batch,
-            offset_groups * taps,
-            *out_size,
-        )
-        check_like(mask, 'mask', input, offset.dtype)
-    if bias is not None:
-        check_floating(bias, 'bias', 1, '[C_out]')
-        check_shape(bias, 'bias', '[C_out]', out_channels)
-        check_like(bias, 'bias', input, input.dtype)
     return groups, offset_groups
 
 
@@ -324,20 +326,20 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _grad_bias(grad_output: Tensor) -> Tensor:
-    # torch splits a sum to one number between its threads, so that its bits depend on how many
-    # there are, but gives each of two numbers to one of them.
+    # torch splits a sum that yields one number between its threads, so its bits depend on their number. It computes
+    # each of two numbers in one thread.
     channels = grad_output.shape[1]
     doubled = grad_output.expand(-1, 2, -1, -1) if channels == 1 else grad_output
     return doubled.sum((0, 2, 3))[:channels]
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiate the reference's backward, made of torch's operators; so any order works."""
+    """Differentiate the reference's backward, which consists of torch's operators; so every order works."""
     return pull_back(_reference_backward, ctx.saved_tensors, ctx.settings, grads)
 
 
 def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
-    """Map over V calls by one: V times the images if all share weight and bias, else the groups."""
+    """Map V calls to one, with V times the images if all share weight and bias, else with V times the groups."""
     size = info.batch_size
     input, offset, mask, weight, bias, *geometry, groups, offset_groups = arguments[:10]
     defaults = arguments[10:]  # which a call may leave out
@@ -359,7 +361,7 @@ def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *a
 def _vmap_backward(
     convolve_backward: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Do as _vmap does; but a gradient of the weight is one of each of the V calls."""
+    """Do as _vmap does; but each of the V calls has its own gradient of the weight."""
     size = info.batch_size
     *images, weight = arguments[:5]  # grad_output, input, offset, mask
     *geometry, groups, offset_groups, output_mask, deterministic = arguments[5:12]

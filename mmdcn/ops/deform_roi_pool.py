@@ -10,7 +10,6 @@ from torch import Tensor
 from mmdcn import reference
 from mmdcn.ops._arguments import (
     Pair,
-    autocast,
     check,
     check_floating,
     check_like,
@@ -21,6 +20,7 @@ from mmdcn.ops._arguments import (
     pair,
     single_if_low,
 )
+from mmdcn.ops._autocast import autocast
 from mmdcn.ops._fake import empty_gradient, memory_format
 from mmdcn.ops._transforms import into_batch, pull_back, register, run, unfold
 
@@ -37,8 +37,9 @@ def deform_roi_pool(
     spatial_scale: float = 1.0,
     sampling_ratio: int = 0,
     gamma: float = 0.1,
+    aligned: bool = True,
 ) -> Tensor:  # [N, C, ph, pw]
-    """Pool regions of interest into bins that move by offsets of their own.
+    """Pool regions of interest into bins that each move by their own offset.
 
     This is deformable RoI pooling (Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.2) on the grid
     of RoIAlign (He et al., Mask R-CNN, ICCV 2017, section 3), as mmcv has it: without offsets it is RoIAlign, aligned.
@@ -56,20 +57,22 @@ def deform_roi_pool(
         spatial_scale: Size of a pixel of the image in pixels of `input`.
         sampling_ratio: Samples of a bin along each axis. 0: as many as it has pixels, rounded up.
         gamma: Scale of the offsets.
+        aligned: Whether the middle of the first pixel is at 0.5, as in RoIAlign of today. If not, it is at 0, and a
+            region is at least one pixel of `input` wide and high, as in its first version.
 
     Returns:
         The bins, in the type of the input; under autocast, in autocast's type, while regions and offsets keep float32.
 
     Raises:
         ValueError: If an argument's rank, shape, type or device does not fit, or an integer is 2^31 or more.
-        RuntimeError: If a region names an image that is not there. On CUDA, where to ask would mean to wait for the
-            device, such a region gives NaN instead.
+        RuntimeError: If a region names an image that does not exist. On CUDA such a region gives NaN instead, because a
+            check would wait for the device.
     """
     (input,), (rois, offset) = autocast((input,), (rois, offset))
     size = pair(output_size, 'output_size', 1)
     _check(input, rois, offset, size)
     ratio = count(sampling_ratio, 'sampling_ratio')
-    return _pool(input, rois, offset, size, float(spatial_scale), ratio, float(gamma))
+    return _pool(input, rois, offset, size, float(spatial_scale), ratio, float(gamma), aligned)
 
 
 def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair) -> None:
@@ -98,8 +101,8 @@ def _pool_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors_and_settings, output_mask, _deterministic = arguments
-    gradients: Any = reference.deform_roi_pool_backward(*tensors_and_settings)
+    output_mask, _deterministic, aligned = arguments[7:]
+    gradients: Any = reference.deform_roi_pool_backward(*(*arguments[:7], aligned))
     placeholder = arguments[0].new_empty(0)
     return tuple(grad if needed else placeholder for grad, needed in zip(gradients, output_mask, strict=True))
 
@@ -113,6 +116,7 @@ def _fake(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
+    aligned: bool = True,
 ) -> Tensor:
     size = pair(output_size, 'output_size', 1)
     _check(input, rois, offset, size)
@@ -132,6 +136,7 @@ def _fake_backward(
     gamma: float,
     output_mask: Sequence[bool],
     deterministic: bool,
+    aligned: bool = True,
 ) -> tuple[Tensor, Tensor]:
     check_floating(grad_output, 'grad_output', 4, '[N, C, ph, pw]')
     size = pair(grad_output.shape[2:], 'output_size', 1)
@@ -156,7 +161,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, _, needs_offset, *_ = ctx.needs_input_grad
     gradients: tuple[Tensor | None, ...] = (None, None)
     if needs_input or needs_offset:
-        settings = (*ctx.settings, (needs_input, needs_offset), torch.are_deterministic_algorithms_enabled())
+        *settings, aligned = ctx.settings
+        settings += [(needs_input, needs_offset), torch.are_deterministic_algorithms_enabled(), aligned]
         gradients = _pool_backward(grad_output, input, rois, offset, *settings)
     return (
         gradients[0] if needs_input else None,
@@ -166,6 +172,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         None,  # spatial_scale
         None,  # sampling_ratio
         None,  # gamma
+        None,  # aligned
     )
 
 
@@ -175,7 +182,7 @@ def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> N
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiate the reference's backward, made of torch's operators; so any order works."""
+    """Differentiate the reference's backward, which consists of torch's operators; so every order works."""
     return pull_back(_reference_backward, ctx.saved_tensors, ctx.settings, grads)
 
 
@@ -188,7 +195,7 @@ def _numbered(size: int, dim: int | None, rois: Tensor, images: int) -> Tensor: 
 
 
 def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
-    """Map over V calls by one with V times the regions, and with V times the images if those differ."""
+    """Map V calls to one, with V times the regions, and with V times the images if those differ."""
     size = info.batch_size
     input, rois, offset, *settings = arguments
     shared = in_dims[0] is None
@@ -200,7 +207,7 @@ def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *argum
 def _vmap_backward(
     pool_backward: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Do as _vmap does; but a gradient of the images is one for each of the V calls."""
+    """Do as _vmap does; but each of the V calls has its own gradient of the images."""
     size = info.batch_size
     grad_output, input, rois, offset, *settings = arguments
     grads, images, moves = (
@@ -210,7 +217,7 @@ def _vmap_backward(
     assert images is not None
     regions = _numbered(size, in_dims[2], rois, len(images) // size)
     gradients = pool_backward(grads, images, regions, moves, *settings)
-    dims = tuple(0 if needed else None for needed in settings[-2])
+    dims = tuple(0 if needed else None for needed in settings[3])
     return tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True)), dims
 
 

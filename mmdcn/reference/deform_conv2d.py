@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmdcn.reference.conv2d import IntPair, output_shape, pair
+from mmdcn.reference.geometry import IntPair, output_shape, pair
 
 
 class Cell(NamedTuple):
@@ -34,7 +34,7 @@ def deform_conv2d(
     dilation: IntPair = 1,
     mask: Tensor | None = None,  # [B, G*K, H_out, W_out]
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Define mmdcn.ops.deform_conv2d: sample, scale by the mask, and multiply with the weight."""
+    """Define `mmdcn.ops.deform_conv2d`: sample, scale by the mask, and multiply by the weight."""
     dtype = input.dtype
     input, offset, weight, bias, mask = widen(input, offset, weight, bias, mask)
     cell = locate(offset, input.shape, weight.shape, stride, padding, dilation)
@@ -55,7 +55,7 @@ def deform_conv2d_backward(
     padding: IntPair = 0,
     dilation: IntPair = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Give the gradients of input, offset, mask and weight: by the chain rule, not autograd."""
+    """Return the gradients of input, offset, mask and weight, by the chain rule instead of autograd."""
     types = [None if tensor is None else tensor.dtype for tensor in (input, offset, mask, weight)]
     grad_output, input, offset, mask, weight = widen(grad_output, input, offset, mask, weight)
     cell = locate(offset, input.shape, weight.shape, stride, padding, dilation)
@@ -67,18 +67,17 @@ def deform_conv2d_backward(
     columns = _group_columns(_scale(samples, mask), weight)
     grad_weight = torch.einsum('bgop,bgckp->gock', group_grad, columns).reshape(weight.shape)
 
-    # The columns' gradient is the transposed weight times the output's.
+    # The columns' gradient is the transposed weight times the output's gradient.
     grad_columns = torch.einsum('gock,bgop->bgckp', group_weight, group_grad).reshape(samples.shape)
     grad_mask = None if mask is None else (grad_columns * samples).sum(2).reshape(mask.shape)
     grad_samples = _scale(grad_columns, mask)
 
-    # How a sample's value changes as its place moves; then the sum over the channels that share
-    # the place.
+    # How a sample changes with its place, summed over the channels that share the place.
     slope_y, slope_x = slopes(corners, cell)
     grad_places = torch.stack([(grad_samples * slope_y).sum(2), (grad_samples * slope_x).sum(2)], dim=3)
     grad_offset = grad_places.reshape(offset.shape)  # [B, G, K, 2, P] -> [B, 2*G*K, H_out, W_out]
 
-    # Each corner receives what it gave: the sample's gradient times its share in the sample.
+    # Each corner gets the sample's gradient times its share in the sample.
     grad_input = torch.zeros_like(_group_planes(input, samples.shape[1]))  # [B, G, C, H*W]
     for share, pixels, inside in zip(corner_weights(cell), cell.pixels, cell.inside, strict=True):
         share_of_grad = torch.where(inside.unsqueeze(2), grad_samples * share.unsqueeze(2), 0)
@@ -90,7 +89,7 @@ def deform_conv2d_backward(
 
 
 def widen(*tensors: Tensor | None) -> list[Any]:
-    """Bring the tensors to float32, or leave them in float64."""
+    """Convert the tensors to float32, or leave them in float64."""
     return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
@@ -130,7 +129,7 @@ def regular_places(
     dilation: IntPair,
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:  # y and x, each [K, P]
-    """Give the places where the taps sample without an offset."""
+    """Return the places where the taps sample without an offset."""
 
     def axis(i: int) -> Tensor:  # [kernel, out]
         taps = torch.arange(kernel[i], device=like.device) * pair(dilation)[i]
@@ -158,7 +157,7 @@ def corner_values(input: Tensor, cell: Cell) -> Tensor:  # [4, B, G, C, K, P]
 
 
 def corner_weights(cell: Cell) -> Tensor:  # [4, B, G, K, P]
-    """Give each corner's share in the sample."""
+    """Return the bilinear weight of each corner."""
     fy, fx = cell.fy, cell.fx
     return torch.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx])
 
@@ -169,7 +168,7 @@ def interpolate(corners: Tensor, cell: Cell) -> Tensor:  # [B, G, C, K, P]
 
 
 def slopes(corners: Tensor, cell: Cell) -> tuple[Tensor, Tensor]:  # each [B, G, C, K, P]
-    """Give the derivative of each sample by its y and by its x."""
+    """Return the derivative of each sample by its y and by its x."""
     v0, v1, v2, v3 = corners
     fy, fx = cell.fy.unsqueeze(2), cell.fx.unsqueeze(2)
     return (1 - fx) * (v2 - v0) + fx * (v3 - v1), (1 - fy) * (v1 - v0) + fy * (v3 - v2)

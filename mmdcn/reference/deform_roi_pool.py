@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmdcn.reference.conv2d import IntPair, pair
 from mmdcn.reference.deform_conv2d import widen
+from mmdcn.reference.geometry import IntPair, pair
 
 
 class Factors(NamedTuple):
@@ -32,14 +32,15 @@ def deform_roi_pool(
     spatial_scale: float = 1.0,
     sampling_ratio: int = 0,
     gamma: float = 0.1,
+    aligned: bool = True,
 ) -> Tensor:  # [N, C, ph, pw]
-    """Define mmdcn.ops.deform_roi_pool: the mean of the samples of each bin."""
+    """Define `mmdcn.ops.deform_roi_pool`: the mean of the samples of each bin."""
     dtype, size = input.dtype, pair(output_size)
     input, rois, offset = widen(input, rois.detach(), offset)
     none = input.flatten()[:0].reshape(0, input.shape[1], *size)  # with the history of what it is made of
     outputs = [none if offset is None else none + offset[:0, :1]]
     for roi, moves in _regions(rois, offset, size):
-        rows, columns = _factors(roi, moves, input, spatial_scale, sampling_ratio, gamma)
+        rows, columns = _factors(roi, moves, input, spatial_scale, sampling_ratio, gamma, aligned)
         image = input[int(roi[0])]
         outputs.append(torch.einsum('chw,pqh,pqw->cpq', image, rows.share, columns.share)[None])
     return torch.cat(outputs).to(dtype)
@@ -53,17 +54,18 @@ def deform_roi_pool_backward(
     spatial_scale: float = 1.0,
     sampling_ratio: int = 0,
     gamma: float = 0.1,
+    aligned: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Give the gradients of input and offset: by the chain rule, not autograd."""
+    """Return the gradients of input and offset: by the chain rule, not autograd."""
     types = input.dtype, None if offset is None else offset.dtype
     grad_output, input, rois, offset = widen(grad_output, input, rois.detach(), offset)
     size = (grad_output.shape[2], grad_output.shape[3])
     grad_images = list(torch.zeros_like(input))
     grad_moves = [input.new_zeros(0, 2, *size)]
     for grad, (roi, moves) in zip(grad_output, _regions(rois, offset, size), strict=True):
-        rows, columns = _factors(roi, moves, input, spatial_scale, sampling_ratio, gamma)
+        rows, columns = _factors(roi, moves, input, spatial_scale, sampling_ratio, gamma, aligned)
         index = int(roi[0])
-        # Each pixel receives what it gave: its share in a bin times the bin's gradient.
+        # Each pixel gets its share in a bin times the bin's gradient.
         given = torch.einsum('cpq,pqh,pqw->chw', grad, rows.share, columns.share)
         grad_images[index] = grad_images[index] + given
         by_y = torch.einsum('cpq,chw,pqh,pqw->pq', grad, input[index], rows.slope, columns.share)
@@ -85,12 +87,15 @@ def _factors(
     spatial_scale: float,
     sampling_ratio: int,
     gamma: float,
+    aligned: bool,
 ) -> tuple[Factors, Factors]:
-    """Give the factors of the rows and those of the columns."""
+    """Return the factors of the rows and those of the columns."""
 
     def axis(dim: int, bins: int, number: Tensor, pixels: int) -> Factors:  # dim 0: x, 1: y
-        start = roi[1 + dim] * spatial_scale - 0.5  # the middle of the first pixel is at 0
+        start = roi[1 + dim] * spatial_scale - 0.5 * aligned  # the middle of the first pixel is at 0
         length = (roi[3 + dim] - roi[1 + dim]) * spatial_scale
+        if not aligned:
+            length = length.clamp(min=1)
         count = sampling_ratio or _count(length / bins)
         grid = (torch.arange(count).to(roi) + 0.5) / max(count, 1) * (length / bins)
         places = (start + gamma * length * moves[dim] + number * (length / bins)).unsqueeze(2) + grid
@@ -103,13 +108,13 @@ def _factors(
 
 
 def _count(bin_length: Tensor) -> int:
-    """Give the number of samples along an axis of a bin: one for each pixel or part of one."""
+    """Return the number of samples along an axis of a bin: one for each pixel or part of one."""
     length = bin_length.item()
     return max(math.ceil(length), 0) if math.isfinite(length) else 1
 
 
 def _bilinear(places: Tensor, pixels: int) -> tuple[Tensor, Tensor]:  # each [ph, pw, g, pixels]
-    """Give each pixel's share in a sample of an axis, and its slope, by RoIAlign's rule."""
+    """Return each pixel's share in a sample of an axis, and its slope, by RoIAlign's rule."""
     inside = (places >= -1) & (places <= pixels)
     place = places.clamp(0, pixels - 1)
     low = torch.where(inside, place, 0).floor()

@@ -73,7 +73,7 @@ def draw_inputs(height: int, width: int) -> Inputs:
 
 
 def on_mmcv(node: Any) -> Any:
-    """Give a copy of a config that names mmcv's layers where it named mmdcn's."""
+    """Return a copy of a config that names mmcv's layers where it named mmdcn's."""
     if isinstance(node, dict):
         return type(node)({key: on_mmcv(value) for key, value in node.items()})
     if isinstance(node, list | tuple):
@@ -110,7 +110,7 @@ def randomise(model: nn.Module, inputs: Inputs) -> None:
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> Iterator[tuple[str, Any]]:
-    """Give the raw outputs of a detector, part by part."""
+    """Yield the raw outputs of a detector, part by part."""
     features = model.extract_feat(inputs.images)
     yield 'features', features
     for name in ('rpn_head', 'bbox_head', 'mask_head'):
@@ -165,7 +165,7 @@ def require_own_operators(theirs: Outcome, ours: Outcome) -> None:
     if any(on_mmdcn[key] for key in theirs.calls) or not all(on_mmdcn[key] for key in ours.calls):
         raise LaunchError(
             f'the model on mmcv ran {dict(theirs.calls)}, that on mmdcn {dict(ours.calls)}: each should run its own. '
-            "A part that imports mmcv.ops itself needs custom_imports = dict(imports=['mmdcn.patched'])"
+            "A part that imports mmcv.ops itself needs custom_imports = dict(imports=['mmdcn.overrides_everywhere'])"
         )
     if not ours.calls or theirs.calls.total() != ours.calls.total():
         raise LaunchError(
@@ -175,11 +175,11 @@ def require_own_operators(theirs: Outcome, ours: Outcome) -> None:
 
 
 def compare(theirs: list[Tensor], ours: list[Tensor]) -> tuple[float, float]:
-    """Give the largest difference of any two outputs, and the largest relative to the largest value of its own."""
+    """Return the largest difference of two outputs, and the largest one relative to the output's largest value."""
     absolute = [(got - expected).abs().max() for got, expected in zip(ours, theirs, strict=True)]
     sizes = [expected.abs().max().clamp(min=1e-30) for expected in theirs]
     relative = [difference / size for difference, size in zip(absolute, sizes, strict=True)]
-    # Unlike Python's max, torch's lets a NaN through.
+    # torch's max keeps a NaN; Python's may drop it.
     return float(torch.stack(absolute).max()), float(torch.stack(relative).max())
 
 
@@ -231,7 +231,7 @@ def main() -> None:
     register_all_modules()
     failed = []
     for config in args.configs:
-        # In a process of its own: what a config imports may change mmdet for all that come after it.
+        # In a separate process: what a config imports may change mmdet for the configs after it.
         process = get_context('fork').Process(target=lambda c=config: sys.exit(run(partial(check, c, args.shape))))
         process.start()
         process.join()

@@ -2,7 +2,6 @@
 """Convert a checkpoint of another implementation of deformable convolution into one for mmdcn's layers."""
 
 import argparse
-import os
 import re
 import sys
 from collections import Counter
@@ -13,17 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet.registry import MODELS
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdcn.checkpoints import SOURCES, Conversion, Source, check_target, convert_state_dict
 from mmdcn.checkpoints.safe_globals import NUMPY
-from mmdcn.engine.launch import LaunchError, explained, run
+from mmdcn.engine.launch import LaunchError, build_model, run
+from mmdcn.utils.files import replacing
+from mmdcn.utils.tables import print_table
 
 
 def parse_args() -> argparse.Namespace:
@@ -77,27 +72,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write the whole file, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
+    with replacing(path) as beside:
         torch.save(checkpoint, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def build_model(config: str) -> nn.Module:
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    with explained(cfg):
-        return MODELS.build(cfg.model)
-
-
-def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(*columns, box=box.MARKDOWN)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=160).print(table)
 
 
 def print_changes(conversion: Conversion) -> None:

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../core/conv_geometry.h"
+#include "../core/dispatch.h"
+#include "../core/stable_ops.h"
+#include "deform_conv2d_plan.h"
+#include "matrix_product.h"
+
+namespace mmdcn {
+
+// The weights of the groups that some channels are of, as right matrices [K * channels, C_out/groups].
+template <typename T>
+class GroupWeights {
+ public:
+  GroupWeights(const ConvGeometry& g, const ChannelRange& channels, const Tensor& weight) : g_(g), channels_(channels) {
+    const int64_t outputs = g.group_out_channels();
+    for (const GroupChannels& range : split_by_groups(channels, g.group_in_channels())) {
+      parts_.push_back({range, {g.taps() * range.size(), outputs, lanes_for<T>(outputs)}});
+    }
+    dispatch_storage(weight.scalar_type(), "weight", [&](auto zero) { pack<decltype(zero)>(weight); });
+  }
+
+  // result [count, C_out] += columns [count, taps, channels] of some taps x the weights
+  void add_product(const T* columns, int64_t count, int64_t first_tap, int64_t taps, T* result) const {
+    for (const Part& part : parts_) {
+      const int64_t depth = part.channels.size();
+      MatrixProduct<T> product{.rows = count,
+                               .depth = depth,
+                               .left = columns + part.channels.begin - channels_.begin,
+                               .left_stride = taps * channels_.size(),
+                               .segments = taps,
+                               .segment_stride = channels_.size(),
+                               .result = result + part.channels.group * g_.group_out_channels(),
+                               .result_stride = g_.out_channels,
+                               .accumulates = true};
+      part.weight.set_right(product, first_tap * depth);
+      product.result_vector_stride = product.lanes;
+      multiply<false>(product);
+    }
+  }
+
+ private:
+  struct Part {
+    GroupChannels channels;
+    PackedMatrix<T> weight;
+  };
+
+  template <typename scalar_t>
+  void pack(const Tensor& weight) {
+    // Outputs whose numbers lie side by side in the packed matrix, and in few enough rows of the weight for a cache.
+    const int64_t step = std::min<int64_t>(parts_[0].weight.panel_columns(), 16);
+    const int64_t out_steps = (g_.group_out_channels() + step - 1) / step;
+    const int64_t work = weight.numel() / (out_steps * std::ssize(parts_));
+    torch::stable::parallel_for(0, out_steps * parts_.size(), kThreadWork / 8 / std::max<int64_t>(work, 1) + 1,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    const Part& part = parts_[i / out_steps];
+                                    const int64_t first = i % out_steps * step,
+                                                  last = std::min(first + step, g_.group_out_channels());
+                                    pack_outputs<scalar_t>(weight, part, first, last);
+                                  }
+                                });
+  }
+
+  template <typename scalar_t>
+  void pack_outputs(const Tensor& weight, const Part& part, int64_t first, int64_t last) {
+    const int64_t in_group = part.channels.begin % g_.group_in_channels(), size = part.channels.size();
+    const int64_t out_stride = weight.stride(0), channel_stride = weight.stride(1);
+    for (int64_t tap = 0; tap < g_.taps(); ++tap) {
+      const scalar_t* from = data<const scalar_t>(weight) +
+                             (part.channels.group * g_.group_out_channels()) * out_stride + in_group * channel_stride +
+                             tap / g_.kernel_width * weight.stride(2) + tap % g_.kernel_width * weight.stride(3);
+      for (int64_t c = 0; c < size; ++c) {
+        T* target = &part.weight.at(tap * size + c, first);
+        for (int64_t o = first; o < last; ++o) {
+          target[o - first] = static_cast<T>(from[o * out_stride + c * channel_stride]);
+        }
+      }
+    }
+    if (last == g_.group_out_channels()) part.weight.zero_padding();
+  }
+
+  const ConvGeometry& g_;
+  const ChannelRange channels_;
+  std::vector<Part> parts_;
+};
+
+}  // namespace mmdcn

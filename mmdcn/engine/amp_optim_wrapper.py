@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed precision on a CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from mmengine import optim
+from mmengine.device import get_device
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_map
+
+from mmdcn.registry import OPTIM_WRAPPERS
+
+
+@OPTIM_WRAPPERS.register_module()
+class AmpOptimWrapper(optim.AmpOptimWrapper):
+    """mmengine's AmpOptimWrapper, which also trains on a CPU: in bfloat16, whose range needs no scale of the loss.
+
+    Regions are extracted in float32 there, since bfloat16 would round their coordinates to 8 bits, and so do mmcv's
+    operators compute, which have no bfloat16 on a CPU. A checkpoint of a CPU resumes on a GPU, and the other way round.
+
+    Args:
+        loss_scale: On a GPU as mmengine has it; without effect on a CPU.
+        dtype: On a GPU as mmengine has it; on a CPU bfloat16, whatever is given.
+        use_fsdp: On a GPU as mmengine has it; without effect on a CPU.
+        kwargs: mmengine's arguments of an OptimWrapper.
+    """
+
+    def __init__(
+        self,
+        loss_scale: str | float | dict = 'dynamic',
+        dtype: str | torch.dtype | None = None,
+        use_fsdp: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.on_cpu = get_device() == 'cpu'
+        if not self.on_cpu:
+            super().__init__(loss_scale, dtype, use_fsdp, **kwargs)
+            return
+        optim.OptimWrapper.__init__(self, **kwargs)  # mmengine's AmpOptimWrapper refuses a CPU
+        self._scale_update_param = None
+        self.loss_scaler = torch.amp.GradScaler('cpu', enabled=False)
+        self.cast_dtype = torch.bfloat16
+        _use_float32_in_mmcv()
+
+    def state_dict(self) -> dict:
+        """Give the state of the optimizer, and on a GPU that of the loss's scale."""
+        state = super().state_dict()
+        if self.on_cpu:
+            del state['loss_scaler']  # a GPU would refuse an empty one
+        return state
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Compute in mixed precision within."""
+        with super().optim_context(model):
+            if not self.on_cpu:
+                yield
+                return
+            with register_module_forward_pre_hook(_extract_regions_in_float32):
+                yield
+
+
+def _extract_regions_in_float32(module: nn.Module, args: tuple) -> tuple | None:
+    """Keep mmdet from bringing the regions to the type of the features."""
+    return tree_map(_float32, args) if 'roi_layers' in module._modules else None
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+
+
+@cache
+def _use_float32_in_mmcv() -> None:
+    """Have mmcv's operators take what they are given under a CPU's autocast in float32; nothing else is changed."""
+    import_module('mmcv.ops')
+    for function in torch.autograd.Function.__subclasses__():
+        if function.__module__.startswith('mmcv.ops.'):
+            forward = torch.amp.custom_fwd(function.forward, device_type='cpu', cast_inputs=torch.float32)
+            function.forward = staticmethod(forward)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What finished runs gave, in one JSON file for each data set, which a repository can keep."""
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+from mmdcn.utils.files import replacing
+
+
+class Result(TypedDict):
+    """The sha256 of a run's settings, and its metrics by mmengine's names."""
+
+    settings: str
+    metrics: dict[str, float]
+
+
+class Results:
+    """The results in a folder: `DATA.json` is `{CONFIG: {'seed_K': Result}}`, and is read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._read: dict[str, dict[str, dict[str, Result]]] = {}
+
+    def path(self, data: str) -> Path:
+        """Give the file of a data set."""
+        return self.folder / f'{data}.json'
+
+    def find(self, data: str, config: str, seed: int) -> Result | None:
+        """Give the result of a run, or None if it is not finished."""
+        return self._of(data).get(config, {}).get(f'seed_{seed}')
+
+    def keep(self, data: str, config: str, seed: int, result: Result) -> None:
+        """Add the result of a run, on the disk too."""
+        of_data = self._of(data)
+        of_data.setdefault(config, {})[f'seed_{seed}'] = result
+        with replacing(self.path(data)) as file:
+            file.write_text(json.dumps(of_data, indent=2, sort_keys=True) + '\n')
+
+    def _of(self, data: str) -> dict[str, dict[str, Result]]:
+        if data not in self._read:
+            path = self.path(data)
+            self._read[data] = json.loads(path.read_text()) if path.exists() else {}
+        return self._read[data]

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mmdcn has in the place of each deformable layer and function of mmcv."""
+
+import math
+from typing import Any
+
+import mmcv.ops
+import torch
+from torch import Tensor, nn
+
+from mmdcn import modules, ops
+from mmdcn.ops._arguments import overridable
+from mmdcn.ops._autocast import without_autocast
+from mmdcn.reference.geometry import output_shape
+
+Sizes = int | tuple[int, int]  # one for both axes, or (y, x)
+
+
+class _ModulatedDeformConv2d(modules.ModulatedDeformConv2d):
+    """Take offsets and masks for more positions than the output has, as mmcv's layer does.
+
+    DyHead and GLIP give the features of a coarser level the offsets and masks of a finer one. mmcv then takes the
+    first numbers of each image, row by row, for those of a smaller map; weights trained so need them so.
+    """
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C_in, H, W]
+        offset: Tensor,  # [B, 2*G*K, >= H_out, >= W_out]
+        mask: Tensor,  # [B, G*K, >= H_out, >= W_out]
+    ) -> Tensor:  # [B, C_out, H_out, W_out]
+        size = output_shape(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        return super().forward(x, _first(offset, size), _first(mask, size))
+
+
+def _first(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[2:].numel() <= math.prod(size):
+        return maps  # right, or for the operator to refuse
+    count = maps.shape[1] * math.prod(size)
+    return maps.flatten(1)[:, :count].unflatten(1, (maps.shape[1], *size))
+
+
+ROI_LAYERS: dict[type, type[nn.Module]] = {
+    mmcv.ops.DeformRoIPool: modules.DeformRoIPool,
+    mmcv.ops.DeformRoIPoolPack: modules.DeformRoIPoolPack,
+    mmcv.ops.ModulatedDeformRoIPoolPack: modules.ModulatedDeformRoIPoolPack,
+}
+LAYERS: dict[type, type[nn.Module]] = {
+    mmcv.ops.DeformConv2d: modules.DeformConv2d,
+    mmcv.ops.DeformConv2dPack: modules.DeformConv2dPack,
+    mmcv.ops.ModulatedDeformConv2d: _ModulatedDeformConv2d,
+    mmcv.ops.ModulatedDeformConv2dPack: modules.ModulatedDeformConv2dPack,
+    **ROI_LAYERS,
+}
+
+
+@overridable
+def _deform_conv2d(
+    input: Tensor,  # [B, C_in, H, W]
+    offset: Tensor,  # [B, 2*G*K, H_out, W_out]
+    weight: Tensor,  # [C_out, C_in/groups, kh, kw]
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+) -> Tensor:  # [B, C_out, H_out, W_out]
+    """Take the arguments of `mmcv.ops.deform_conv2d`, of unlike types too; groups follow from the shapes.
+
+    TOOD samples its boxes so: float32 boxes, at offsets in autocast's type. They keep their digits, as autocast or
+    mmcv's cast to the type of the offsets would not let them.
+    """
+    dtype = torch.promote_types(input.dtype, offset.dtype)
+    input, offset, weight = (tensor.to(dtype) for tensor in (input, offset, weight))
+    with without_autocast(input):
+        return ops.deform_conv2d(input, offset, weight, None, stride, padding, dilation)
+
+
+FUNCTIONS: dict[Any, Any] = {mmcv.ops.deform_conv2d: _deform_conv2d}

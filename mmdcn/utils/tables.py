@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables on the terminal, which are Markdown's too."""
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print rows of text below the names of their columns."""
+    table = Table(*columns, box=box.MARKDOWN)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=160).print(table)

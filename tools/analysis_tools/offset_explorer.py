@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write one HTML page that shows where each deformable layer looks, wherever the pointer is."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmdcn.engine.launch import run
+from mmdcn.visualization.explorer import explorer_page
+from mmdcn.visualization.inspection import inspect, load_detector
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('image', metavar='IMAGE', help='the image to look at')
+    parser.add_argument('config', metavar='CONFIG', help='the config file')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='the checkpoint file, or a name of the model zoo')
+    parser.add_argument('--out', type=Path, default=Path('outputs/offset_explorer.html'), help='the page to write')
+    parser.add_argument('--title', help="the page's title; by default the name of the image")
+    parser.add_argument('--score', type=float, default=0.3, help='least score of a detection')
+    parser.add_argument('--device', default='cpu', help='where to run the detector')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    model = load_detector(args.config, args.checkpoint, args.device)
+    found = inspect(model, args.image, args.score)
+    title = args.title or Path(args.image).name
+    page = explorer_page(found.picture, found.recorder, found.detections, title, Path(args.config).stem)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page, encoding='utf-8')
+    print(f'wrote {args.out}, {len(page) / 1e6:.1f} MB')
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw where a detector's deformable layers look.
+
+Views, each a picture in --out-dir:
+
+    detections.png               all images: the boxes, and the sampling points of each box's centre
+    IMAGE_points.png             the 9, 81 and 729 points that one, two and three stacked layers sample
+    IMAGE_maps.png               each layer's mean length of offsets, and mean of masks
+    IMAGE_receptive_field.png    the effective receptive field of the layer
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
+# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
+    os.environ['GOMP_SPINCOUNT'] = '10000'
+
+from matplotlib.figure import Figure
+
+from mmdcn.engine.launch import LaunchError, run
+from mmdcn.visualization.drawing import draw_detections, field_figure, maps_figure, new_figure, points_figure
+from mmdcn.visualization.inspection import Inspection, inspect, load_detector
+
+VIEWS = ('detections', 'points', 'maps', 'receptive_field')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='images to look at')
+    parser.add_argument('config', metavar='CONFIG', help='the config file')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='the checkpoint file, or a name of the model zoo')
+    parser.add_argument('--out-dir', type=Path, default=Path('outputs'), help='folder to write into [%(default)s]')
+    parser.add_argument('--views', nargs='+', choices=VIEWS, default=VIEWS, help='what to draw [all]')
+    parser.add_argument(
+        '--location',
+        nargs=2,
+        type=float,
+        action='append',
+        metavar=('Y', 'X'),
+        help='a place in pixels of the image; may be repeated [the centres of the three best detections]',
+    )
+    parser.add_argument('--layer', help='the last of the stacked layers [the one that suits the best detection]')
+    parser.add_argument('--depth', type=int, default=3, help='the most layers to follow, at least 1 [%(default)s]')
+    parser.add_argument('--score', type=float, default=0.3, help='least score of a detection [%(default)s]')
+    parser.add_argument('--format', choices=['png', 'jpg'], default='png', help='of the pictures [%(default)s]')
+    parser.add_argument('--device', default='cpu', help='where to run the detector [%(default)s]')
+    args = parser.parse_args()
+    if args.depth < 1:
+        parser.error(f'--depth must be at least 1, got {args.depth}')
+    return args
+
+
+def choose_layer(found: Inspection, name: str | None, depth: int) -> str:
+    if name is None:
+        size = found.detections[0].size if found.detections else max(found.picture.pixels.shape[:2]) / 4
+        return found.recorder.layer_for(size * found.picture.scale[0], depth).name
+    if name not in found.names:
+        raise LaunchError(f'--layer must be one of {", ".join(found.names)}, got {name}')
+    return name
+
+
+def choose_locations(found: Inspection, given: list[list[float]] | None) -> list[tuple[float, float]]:
+    height, width = found.picture.pixels.shape[:2]
+    for y, x in given or []:
+        if not (0 <= y < height and 0 <= x < width):
+            raise LaunchError(f'--location must lie in the image of {height} x {width} pixels, got {y:g} {x:g}')
+    centres = [detection.centre for detection in found.detections[:3]]
+    return [(y, x) for y, x in given or []] or centres or [(height / 2, width / 2)]
+
+
+def draw_all_detections(inspections: list[Inspection], depth: int) -> Figure:
+    columns = min(4, len(inspections))
+    rows = -(-len(inspections) // columns)
+    figure, axes = new_figure(rows, columns, inspections[0].picture.pixels, width=3.2)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for found, ax in zip(inspections, axes.flat, strict=False):
+        draw_detections(ax, found.picture, found.recorder, found.detections, depth)
+    figure.suptitle('Detections, and where the deformable layers look (+ centre; darker is heavier)', fontsize=10)
+    return figure
+
+
+def draw_view(view: str, found: Inspection, args: argparse.Namespace) -> Figure:
+    if view == 'maps':
+        return maps_figure(found.picture, found.recorder)
+    layer, locations = choose_layer(found, args.layer, args.depth), choose_locations(found, args.location)
+    if view == 'points':
+        return points_figure(found.picture, found.recorder, layer, locations, args.depth)
+    if not layer.startswith('backbone.'):
+        raise LaunchError(f'a receptive field is that of a layer of the backbone, got --layer {layer}')
+    fields = [found.field(found.recorder.layer(layer), *location) for location in locations]
+    return field_figure(found.picture, fields, locations, layer)
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    print(f'wrote {path}')
+
+
+def main() -> None:
+    args = parse_args()
+    model = load_detector(args.config, args.checkpoint, args.device)
+    inspections = [inspect(model, image, args.score) for image in args.images]
+    if 'detections' in args.views:
+        save(draw_all_detections(inspections, min(args.depth, 2)), args.out_dir / f'detections.{args.format}')
+    for image, found in zip(args.images, inspections, strict=True):
+        for view in args.views:
+            if view != 'detections':
+                save(draw_view(view, found, args), args.out_dir / f'{Path(image).stem}_{view}.{args.format}')
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))
