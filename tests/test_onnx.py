@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
+import deform_roi_pool_cases as roi_pool
 import onnxruntime
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.export import Dim
 
 import mmdcn.onnx
 from mmdcn import reference
-from mmdcn.ops import deform_conv2d
+from mmdcn.ops import deform_conv2d, deform_roi_pool
 
 
 class Layer(nn.Module):
@@ -125,3 +126,24 @@ def test_an_opset_with_deform_conv_gives_a_file_that_runs(opset: int, tmp_path: 
     export(Layer(call), inputs, tmp_path / 'layer.onnx', opset_version=opset)
     (output,) = run(tmp_path / 'layer.onnx', inputs)
     assert_close({'output': output}, {'output': call.map(Tensor.double)(reference.deform_conv2d)}, call)
+
+
+class RoIPool(nn.Module):
+    """A call of deformable RoI pooling."""
+
+    def __init__(self, call: roi_pool.Call):
+        super().__init__()
+        self.settings = (call.output_size, call.spatial_scale, call.sampling_ratio, call.gamma)
+
+    def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None) -> Tensor:
+        return deform_roi_pool(input, rois, offset, *self.settings)
+
+
+@pytest.mark.parametrize('name', ['defaults', 'no offsets', 'two samples', 'far beyond the image', 'enlarged'])
+def test_onnx_runtime_pools_as_the_reference_does(name: str, tmp_path: Path) -> None:
+    call = roi_pool.CASES[name].draw(torch.float32)
+    inputs = (call.input, call.rois) + (() if call.offset is None else (call.offset,))
+    export(RoIPool(call), inputs, tmp_path / 'pool.onnx')
+    (output,) = run(tmp_path / 'pool.onnx', inputs)
+    expected = call.map(Tensor.double)(reference.deform_roi_pool)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
