@@ -34,7 +34,7 @@ def collect_env() -> dict[str, str]:
 def _describe_cpu_library() -> str:
     name = _extension.libraries[0].name.split('.')[0]
     products = 'oneDNN' if _extension.knows_onednn() else "torch's mm"
-    return f'{name} ({_INSTRUCTION_SETS[name]}), products by {products}'
+    return f'{name} ({_INSTRUCTION_SETS[name]}), products in bfloat16 by {products}'
 
 
 def _describe_cuda_library() -> str:
@@ -59,8 +59,8 @@ def _describe_mmcv_operators() -> str:
 
 
 def _describe_package(name: str) -> str:
-    distributions = packages_distributions().get(name, [])
-    return ', '.join(f'{version(each)} ({each})' for each in sorted(set(distributions))) or 'not installed'
+    distributions = set(packages_distributions().get(name, [])) - {'mmdcn-mmcv'}  # which has a module of mmcv's alone
+    return ', '.join(f'{version(each)} ({each})' for each in sorted(distributions)) or 'not installed'
 
 
 if __name__ == '__main__':

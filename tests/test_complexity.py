@@ -38,7 +38,10 @@ def test_both_counters_agree_on_every_layer_that_torch_counts(config: Callable[[
     found = complexity_of(config())
     counted = [layer for layer in found.layers if layer.flops_of_torch]
     assert len(counted) > 20
-    assert [layer.name for layer in counted if layer.flops_of_torch != 2 * layer.flops] == []
+    # mmcv's RoIAlign is a function of Python, into which mmengine does not look.
+    assert [
+        layer.name for layer in counted if layer.flops_of_torch != 2 * layer.flops and layer.kind != 'RoIAlign'
+    ] == []
     others = {layer.kind for layer in found.layers if layer.flops and not layer.flops_of_torch}
     assert others <= {'BatchNorm2d', 'FPN'}  # which scale and resize
 

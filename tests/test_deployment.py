@@ -32,7 +32,12 @@ HEADS: dict[str, dict] = {
     'RetinaHead': dict(anchor_generator=dict(ANCHORS, scales_per_octave=2)),
     'ATSSHead': dict(norm_cfg=BN, anchor_generator=ANCHORS),
     'GFLHead': dict(norm_cfg=BN, anchor_generator=ANCHORS, reg_max=4),
-    'VFNetHead': dict(norm_cfg=BN, regress_ranges=((-1, 4), (4, 8), (8, 1e8)), strides=(4, 8, 16)),
+    'VFNetHead': dict(
+        norm_cfg=BN,
+        anchor_generator=dict(ANCHORS, center_offset=0.0),
+        regress_ranges=((-1, 4), (4, 8), (8, 1e8)),
+        strides=(4, 8, 16),
+    ),
     'RepPointsHead': dict(norm_cfg=BN, point_feat_channels=8, point_strides=[4, 8, 16]),
 }
 

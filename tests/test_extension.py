@@ -157,7 +157,7 @@ from test_deform_conv2d import check_against_reference
 for dtype in (torch.float32, torch.bfloat16):
     check_against_reference(CASES['everything at once'].draw(dtype))
 torch.set_num_threads(1)
-call = CASES['neither'].draw(torch.float32)
+call = CASES['neither'].draw(torch.bfloat16)
 with torch.profiler.profile() as profile:
     gradients(deform_conv2d, call, draw_grad_output(call))
 print(*{event.name for event in profile.events()})

@@ -98,6 +98,7 @@ def test_without_numbers_a_bin_counts_for_the_least_that_it_has(ratio: int) -> N
     assert flops(lambda: deform_roi_pool(input, rois, None, BINS, 0.5, ratio)) == 8 * 4 * 18 * (ratio**2 or 1)
 
 
-def test_every_operator_is_counted() -> None:
+def test_every_operator_is_counted_but_those_that_compare_boxes() -> None:
     operators = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith('mmdcn::')}
+    operators = {name for name in operators if 'nms' not in name}
     assert operators <= {str(target).replace('.', '::') for target in flop_registry}

@@ -41,7 +41,7 @@ def test_it_names_versions_libraries_and_whose_operators_mmcv_has() -> None:
     assert told['mmcv'].startswith(mmcv.__version__) and told['mmdet'].startswith(mmdet.__version__)
     assert told['torch'].startswith(torch.__version__)
     assert told['Python'] == platform.python_version()
-    assert told['operators of mmcv'] == f'compiled, {import_module("mmcv._ext").__file__}'
+    assert told['operators of mmcv'].endswith(f', {import_module("mmcv._ext").__file__}')
     assert torch.cuda.is_available() or told['GPU'] == 'torch finds none'
 
 
