@@ -26,7 +26,7 @@ test: $(VENV)/core.stamp
 
 # The comparisons with mmcv's own operators, which are compiled once, in an environment that has all else of .venv.
 test-mmcv: $(VENV)-mmcv/mmcv.stamp
-	@echo "== Comparing with mmcv's compiled operators, about 4 minutes on 2 cores =="
+	@echo "== Comparing with mmcv's compiled operators, about 2 minutes on 2 cores =="
 	$(call PYTEST,$(VENV)-mmcv/bin/python -m pytest) -m mmcv_ops
 
 # The tests on OpenMMLab's own last releases, in a separate environment.
