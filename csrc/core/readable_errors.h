@@ -10,7 +10,7 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 
 namespace mmdcn {
 
-// Calls body, whose errors then have torch's own words. At the ABI of torch 2.10 a torch function that fails, for want
+// Calls body, whose errors then have torch's own words. At the ABI of torch 2.10 a torch function that fails, out
 // of memory say, tells no more than where it was called.
 template <typename Body>
 auto with_readable_errors(const Body& body) {

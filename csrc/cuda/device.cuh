@@ -163,8 +163,8 @@ __device__ __forceinline__ V* element(V* base, uint32_t number) {
   return reinterpret_cast<V*>(address);
 }
 
-// Keeps a value in its register, lest the compiler compute it again at each use. It forgets that a pointer is one to
-// global memory, which matters to atomics: generic ones are slower.
+// Keeps a value in its register, so that the compiler does not compute it again at each use. It forgets that a pointer
+// is one to global memory, which matters to atomics: generic ones are slower.
 template <typename V>
 __device__ __forceinline__ V* opaque(V* pointer) {
   asm("" : "+l"(pointer));

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make of a training's checkpoint one to publish: the weights alone, named after their sha256."""
+"""Turn a training checkpoint into a publishable one: the weights alone, named after their sha256."""
 
 import argparse
 import sys
