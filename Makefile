@@ -70,7 +70,7 @@ sanitize: $(VENV)/core.stamp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(abspath $(SANITIZED))" \
 	$(call PYTEST,$(BIN)/pytest) --dist=worksteal -p no:cacheprovider -k 'not too_little_memory and not workspace' \
-	  $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_fuzz.py roi_pool.py)
+	  $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_fuzz.py roi_pool.py) tests/test_nms.py
 
 # One wheel for every Python and torch, built from the sdist. torch's libraries are not copied into it: at run time they
 # are loaded already. The tests use the packages of .venv, but mmdcn from the wheel. Then README's ways to install it are
@@ -95,7 +95,7 @@ wheel: $(VENV)/core.stamp
 	$(WHEEL_CHECK)/bin/pip install --no-deps -r requirements/mim.txt dist/mmdcn-*.whl dist/mmdcn_zoo-*.whl
 	$(BIN)/python $(SITE) > "$$($(WHEEL_CHECK)/bin/python $(SITE))/venv.pth"
 	cp -r tests pyproject.toml $(WHEEL_CHECK)
-	cd $(WHEEL_CHECK) && bin/python -m pytest $(addprefix tests/test_,deform_conv2d.py deform_conv2d_errors.py deform_roi_pool.py extension.py packaging.py)
+	cd $(WHEEL_CHECK) && bin/python -m pytest $(addprefix tests/test_,deform_conv2d.py deform_conv2d_errors.py deform_roi_pool.py nms.py extension.py packaging.py)
 	for try in $(WHEEL_TRIES); do packages/try_install.sh dist "$${try%%:*}" "$${try##*:}"; done
 
 # The documentation site. Its API pages come from the docstrings, its tables of promises from the tests.

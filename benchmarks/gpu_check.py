@@ -232,7 +232,9 @@ def test_step(work: Path, limit: float) -> Step:
         options += ['-n', '8', '--dist', 'worksteal', '--max-worker-restart', '40']
     if importlib.util.find_spec('pytest_timeout'):
         options += ['--timeout', '75', '--timeout-method', 'thread']
-    tests = sorted(f'tests/{path.name}' for path in (work / 'tests').glob('test_deform_*.py'))
+    tests = sorted(
+        f'tests/{path.name}' for pattern in ('deform_*', 'nms') for path in (work / 'tests').glob(f'test_{pattern}.py')
+    )
     env = {'OMP_NUM_THREADS': '2', 'TORCHINDUCTOR_COMPILE_THREADS': '1'}
     return Step('tests', python('-m', 'pytest', *options, *tests), limit, env, work, uninteresting)
 

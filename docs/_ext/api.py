@@ -14,6 +14,7 @@ from typing import Any
 SECTIONS = {
     'mmdcn.ops': 'Operators',
     'mmdcn': 'Layers, parts of detectors, switches',
+    'mmdcn.nn': 'Layers with torch alone',
     'mmdcn.visualization': 'Looking inside',
     'mmdcn.checkpoints': 'Checkpoints',
     'mmdcn.checkpoints.zoo': 'Model zoo',
