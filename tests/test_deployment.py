@@ -229,12 +229,22 @@ def other_head(cfg: ConfigDict) -> None:
     cfg.roi_head.reg_roi_scale_factor = 1.3
 
 
+def box_head_of_its_own(cfg: ConfigDict) -> None:
+    cfg.roi_head.bbox_head = Config.fromfile('mmdet::sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py').model.roi_head.bbox_head
+
+
+def no_limit(cfg: ConfigDict) -> None:
+    cfg.test_cfg.rcnn.max_per_img = -1
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
         (soft_nms, r"test_cfg.rcnn.nms must be dict\(type='nms'.*soft_nms"),
         (max_pooling, 'pool_mode=max.* cannot be exported; mmdcn.DeformRoIPool'),
         (other_extractor, 'GenericRoIExtractor cannot be exported; SingleRoIExtractor can'),
+        (box_head_of_its_own, 'the predictions of SABLHead cannot be exported; those of BBoxHead'),
+        (no_limit, 'test_cfg.rcnn.max_per_img must be positive to be exported, got -1'),
         (other_head, 'DoubleHeadRoIHead cannot be exported; those of StandardRoIHead and CascadeRoIHead'),
     ],
 )
@@ -242,6 +252,16 @@ def test_what_cannot_be_exported_is_named(change: Callable[[ConfigDict], None], 
     cfg = faster_rcnn_config()
     change(cfg)
     with pytest.raises((NotImplementedError, ValueError), match=message):
+        deployment.Detector(build(cfg))
+
+
+@pytest.mark.parametrize('head', ['YOLOXHead', 'FoveaHead', 'TOODHead', 'PAAHead'])
+def test_a_head_that_predicts_in_its_own_way_is_named(head: str) -> None:
+    cfg = one_stage_config('ATSSHead')
+    cfg.bbox_head.type = head
+    if head in ('YOLOXHead', 'FoveaHead'):
+        cfg.bbox_head.pop('anchor_generator')
+    with pytest.raises(NotImplementedError, match=f'the predictions of {head} cannot be exported; those of Base'):
         deployment.Detector(build(cfg))
 
 

@@ -36,6 +36,8 @@ _DECODERS: dict[Callable[..., Any], Decode] = {
     dense_heads.RepPointsHead._predict_by_feat_single: _decode_reppoints,
 }
 
+_METHODS = ('predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')  # what is done here instead
+
 
 def check_head(head: Any) -> None:
     """Check that the predictions of a head can be exported.
@@ -43,8 +45,13 @@ def check_head(head: Any) -> None:
     Raises:
         NotImplementedError: If they cannot.
     """
-    custom = getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False)
-    if getattr(type(head), '_predict_by_feat_single', None) not in _DECODERS or custom:
+    methods = {name: getattr(type(head), name, None) for name in _METHODS}
+    known_methods = (
+        methods['predict_by_feat'] is BaseDenseHead.predict_by_feat
+        and methods['_predict_by_feat_single'] in _DECODERS
+        and methods['_bbox_post_process'] in (BaseDenseHead._bbox_post_process, dense_heads.RPNHead._bbox_post_process)
+    )
+    if not known_methods or getattr(head.loss_cls, 'custom_cls_channels', False):
         known = ', '.join(method.__qualname__.split('.')[0] for method in _DECODERS)
         raise NotImplementedError(
             f'the predictions of {type(head).__name__} cannot be exported; those of {known}, and of heads that '

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mmdcn.deployment import dense_heads, roi_heads
-from mmdcn.deployment.nms import NONE, Candidates, check_nms, suppress
+from mmdcn.deployment.nms import NONE, Candidates, check_test_cfg, suppress
 from mmdcn.openmmlab.convert_model import convert_model
 
 
@@ -24,7 +24,7 @@ class Detector(nn.Module):
 
     Raises:
         NotImplementedError: If the detector, or a part of it, predicts in a way that cannot be exported.
-        ValueError: If its `test_cfg` asks for another suppression than `nms`.
+        ValueError: If its `test_cfg` asks for another suppression than `nms`, or does not limit the number of boxes.
     """
 
     def __init__(self, model: Any) -> None:
@@ -32,12 +32,12 @@ class Detector(nn.Module):
         predict = type(model).predict
         if predict is detectors.SingleStageDetector.predict:
             dense_heads.check_head(model.bbox_head)
-            check_nms(model.bbox_head.test_cfg.get('nms'), 'test_cfg')
+            check_test_cfg(model.bbox_head.test_cfg, 'test_cfg', 'nms_pre', 'max_per_img')
         elif predict is detectors.TwoStageDetector.predict:
             dense_heads.check_head(model.rpn_head)
-            check_nms(model.rpn_head.test_cfg.get('nms'), 'test_cfg.rpn')
+            check_test_cfg(model.rpn_head.test_cfg, 'test_cfg.rpn', 'max_per_img')
             roi_heads.check_head(model.roi_head)
-            check_nms(model.roi_head.test_cfg.get('nms'), 'test_cfg.rcnn')
+            check_test_cfg(model.roi_head.test_cfg, 'test_cfg.rcnn', 'max_per_img')
         else:
             raise NotImplementedError(
                 f'{type(model).__name__} cannot be exported; detectors whose `predict` is that of '

@@ -64,15 +64,24 @@ def suppress(candidates: Candidates, nms: Mapping[str, Any], count: int) -> Cand
     return candidates.take(*best(candidates.scores.masked_fill(~kept, NONE), count))
 
 
-def check_nms(nms: Mapping[str, Any] | None, place: str) -> None:
-    """Check that `suppress` can do what a config asks for.
+def check_test_cfg(cfg: Mapping[str, Any], place: str, *counts: str) -> None:
+    """Check that a `test_cfg` asks for what `suppress` does, and says how many boxes to keep.
+
+    Args:
+        cfg: The config.
+        place: Its name, for the message.
+        counts: The keys that must be positive.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it does not.
     """
+    nms = cfg.get('nms')
     known = {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
     if nms is None or nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.keys() - known:
         raise ValueError(
             f"{place}.nms must be dict(type='nms', iou_threshold=…), with class_agnostic at most, to be exported, "
             f'got {nms}'
         )
+    for key in counts:
+        if cfg.get(key, -1) <= 0:
+            raise ValueError(f'{place}.{key} must be positive to be exported, got {cfg.get(key)}')

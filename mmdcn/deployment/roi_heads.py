@@ -7,6 +7,7 @@ from typing import Any
 import mmcv.ops
 import torch
 from mmdet.models import roi_heads
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from torch import Tensor
 
 from mmdcn import modules, ops
@@ -38,8 +39,12 @@ def check_head(head: Any) -> None:
                     f'{layer} cannot be exported; mmdcn.DeformRoIPool and its packs can, and mmcv.ops.RoIAlign with '
                     "aligned=True and pool_mode='avg'"
                 )
-        if not box_head.with_reg or box_head.custom_activation:
-            raise NotImplementedError(f'{type(box_head).__name__} cannot be exported without boxes or with Seesaw loss')
+        predict = getattr(type(box_head), '_predict_by_feat_single', None)
+        if predict is not BBoxHead._predict_by_feat_single or not box_head.with_reg or box_head.custom_activation:
+            raise NotImplementedError(
+                f'the predictions of {type(box_head).__name__} cannot be exported; those of BBoxHead, and of heads '
+                'that inherit them, can, with boxes and without Seesaw loss'
+            )
 
 
 def candidates(head: Any, features: Sequence[Tensor], proposals: Candidates, sizes: Tensor) -> Candidates:
