@@ -16,6 +16,7 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
 from mmengine.structures import InstanceData
 from small_detectors import build, faster_rcnn_config, fcos_config
 from torch import Tensor, nn
@@ -230,7 +231,7 @@ def other_head(cfg: ConfigDict) -> None:
 
 
 def box_head_of_its_own(cfg: ConfigDict) -> None:
-    cfg.roi_head.bbox_head = Config.fromfile('mmdet::sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py').model.roi_head.bbox_head
+    cfg.roi_head.bbox_head = get_config('mmdet::sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py').model.roi_head.bbox_head
 
 
 def no_limit(cfg: ConfigDict) -> None:
