@@ -50,11 +50,11 @@ zoo-check: $(VENV)/core.stamp data/mnist_scenes data/neon_trees
 lint: $(VENV)/core.stamp
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
-bench: $(VENV)/core.stamp
+# With mmcv's compiled operators among the peers.
+bench: $(VENV)-mmcv/mmcv.stamp
 	@echo "== Measuring every shape and peer: run nothing else meanwhile =="
 	$(PIP) install -r requirements/bench.txt
-	$(BIN)/python benchmarks/run.py deform_conv2d --cases all
-	$(BIN)/python benchmarks/run.py deform_roi_pool --cases all
+	for name in deform_conv2d deform_roi_pool nms; do $(VENV)-mmcv/bin/python benchmarks/run.py $$name --cases all; done
 
 # The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, about 10 minutes on 2 cores. The tests that
 # limit memory are left out: the sanitizers need more.

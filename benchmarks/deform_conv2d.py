@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import Build, Call, compiled_mmcv_ops
 from torch import Tensor
 
 import mmdcn
@@ -16,8 +17,6 @@ import mmdcn
 PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'onnxruntime', 'openvino', 'torchvision', 'deformops')
 BASELINE = 'conv2d'
 WALL_GROUPS = ('batch-1',)  # so short that the host's time is most of theirs
-Call = Callable[[], object]
-Build = Callable[[], Call]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def stages(name: str, **changes: Any) -> tuple[Case, ...]:
 
 
 def square(size: int, channels: int, batch: int) -> tuple[Case, ...]:
-    """Give the 3x3 of c3, c4 and c5 at a square image, where c3 has so many channels."""
+    """Return the 3x3 of c3, c4 and c5 at a square image, where c3 has so many channels."""
     return tuple(
         Case(f'c{i + 3}, {size} x {size}, batch {batch}', channels << i, size // 8 >> i, size // 8 >> i, batch)
         for i in range(3)
@@ -187,12 +186,11 @@ def mmdcn_operator(x: Inputs) -> Tensor:
 
 
 def mmcv_deform_conv2d(x: Inputs) -> Tensor:
-    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
-
+    ops = compiled_mmcv_ops()
     geometry = (x.stride, x.padding, 1, x.groups, x.offset_groups)
     if x.mask is None:
-        return deform_conv2d(x.input, x.offset, x.weight, *geometry)
-    return modulated_deform_conv2d(x.input, x.offset, x.mask, x.weight, None, *geometry)
+        return ops.deform_conv2d(x.input, x.offset, x.weight, *geometry)
+    return ops.modulated_deform_conv2d(x.input, x.offset, x.mask, x.weight, None, *geometry)
 
 
 def torchvision_deform_conv2d(x: Inputs) -> Tensor:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from measure import Build, Call, compiled_mmcv_ops
 from torch import Tensor
 
 import mmdcn
@@ -16,8 +17,6 @@ import mmdcn
 PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'torchvision')
 BASELINE = 'roi_align'
 WALL_GROUPS = ()
-Call = Callable[[], object]
-Build = Callable[[], Call]
 
 
 @dataclass(frozen=True)
@@ -90,20 +89,16 @@ def mmdcn_without_offsets(x: Inputs) -> Tensor:
 
 
 def mmcv_deform_roi_pool(x: Inputs) -> Tensor:
-    from mmcv.ops import deform_roi_pool
-
-    return deform_roi_pool(x.input, x.rois, x.offset, (7, 7))
+    return compiled_mmcv_ops().deform_roi_pool(x.input, x.rois, x.offset, (7, 7))
 
 
 def mmcv_roi_align(x: Inputs) -> Tensor:
-    from mmcv.ops import roi_align
-
-    return roi_align(x.input, x.rois, (7, 7), 1.0, 0, 'avg', True)
+    return compiled_mmcv_ops().roi_align(x.input, x.rois, (7, 7), 1.0, 0, 'avg', True)
 
 
 @cache
 def roi_align_on_mmdcn() -> ModuleType:
-    """Give another copy of mmcv's RoIAlign, which runs as it does where mmcv is not compiled."""
+    """Return another copy of mmcv's RoIAlign, which runs as it does where mmcv is not compiled."""
     from mmdcn.openmmlab import mmcv_ext
 
     origin = importlib.import_module('mmcv.ops.roi_align').__file__

@@ -32,7 +32,7 @@ DETECTORS = {
 
 
 def training_iteration(config: Path) -> Call:
-    """Give what trains a detector with the first batch of its data, at a rate that leaves it as it is."""
+    """Return what trains a detector with the first batch of its data, at a rate that leaves it as it is."""
     cfg = Config.fromfile(config)
     cfg.optim_wrapper.optimizer.lr = 1e-6
     batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))

@@ -4,7 +4,7 @@
 import argparse
 
 import torch
-from measure import machine, measure
+from measure import compiled_mmcv_ops, machine, measure
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=5, help='how often each model is timed')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    compiled_mmcv_ops()
     register_all_modules()
     print(tabulate(machine('cpu', ('torch', 'onedl-mmcv', 'onedl-mmdetection')).items(), tablefmt='github'))
     image, data_sample = torch.randn(1, 3, *SIZE), sample()

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 Call = Callable[[], object]
+Build = Callable[[], Call]
 # Idle threads of ONNX Runtime and OpenMP look for work for a while, and so take a core from the next candidate.
 SETTLE_SECONDS = 0.2
 LONG_SECONDS = 0.5  # against which it does not matter that threads wake up
@@ -67,6 +69,19 @@ def measure(
                 count = math.ceil(LEAST_SECONDS / warm_ups[name])
             seconds[name].append(timer(repeated(call, count)) / count)
     return {name: Measurement(seconds[name], peaks[name]) for name in candidates}
+
+
+def compiled_mmcv_ops() -> ModuleType:
+    """Return `mmcv.ops`.
+
+    Raises:
+        ImportError: If it runs on mmdcn's operators: then mmdcn would be compared with itself.
+    """
+    from mmcv import _ext, ops
+
+    if _ext.__file__.endswith('.py'):
+        raise ImportError('mmcv is installed without operators of its own; `make bench` compiles them')
+    return ops
 
 
 def repeated(call: Call, count: int) -> Call:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Non-maximum suppression, against mmcv's and torchvision's."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from measure import Build, compiled_mmcv_ops
 from torch import Tensor
 
 import mmdcn
@@ -13,8 +13,6 @@ import mmdcn
 PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'torchvision')
 BASELINE = 'nms of mmcv'
 WALL_GROUPS = ()
-Call = Callable[[], object]
-Build = Callable[[], Call]
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,7 @@ def mmdcn_nms(boxes: Tensor, scores: Tensor) -> Tensor:
 
 
 def mmcv_nms(boxes: Tensor, scores: Tensor) -> Tensor:
-    from mmcv import _ext
-
-    if _ext.__file__.endswith('.py'):
-        raise ImportError('mmcv is not compiled')
-    return _ext.nms(boxes, scores, iou_threshold=0.7, offset=0)
+    return compiled_mmcv_ops().nms(boxes, scores, 0.7)[1]
 
 
 def torchvision_nms(boxes: Tensor, scores: Tensor) -> Tensor:
@@ -62,7 +56,7 @@ def torchvision_nms(boxes: Tensor, scores: Tensor) -> Tensor:
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Give what builds each candidate's call."""
+    """Return what builds each candidate's call."""
     arguments = draw(case, device)
     functions = {'nms of mmcv': mmcv_nms, 'nms of torchvision': torchvision_nms, 'mmdcn': mmdcn_nms}
     return {name: partial(partial, function, *arguments) for name, function in functions.items()}

@@ -33,8 +33,8 @@ def collect_env() -> dict[str, str]:
 
 def _describe_cpu_library() -> str:
     name = _extension.libraries[0].name.split('.')[0]
-    products = 'oneDNN' if _extension.knows_onednn() else "torch's mm"
-    return f'{name} ({_INSTRUCTION_SETS[name]}), products in bfloat16 by {products}'
+    onednn = '' if _extension.knows_onednn() else ', without oneDNN'
+    return f'{name} ({_INSTRUCTION_SETS[name]}){onednn}'
 
 
 def _describe_cuda_library() -> str:

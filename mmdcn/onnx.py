@@ -75,7 +75,7 @@ def _deform_roi_pool(
 
 
 def _moved_bins(corners: Any, offset: Any, output_size: list[int], sampling_ratio: int, gamma: float) -> Any:
-    """Give the corners of each bin, [N * ph * pw, 4]."""
+    """Return the corners of each bin, [N * ph * pw, 4]."""
     height, width = output_size
     start, end = op.Slice(corners, [0], [2], [1]), op.Slice(corners, [2], [4], [1])
     length = op.Unsqueeze(op.Sub(end, start), [1])  # [N, 1, 2], (x, y) from here on

@@ -33,7 +33,7 @@ def measure(model: zoo.Model) -> dict[str, float]:
 
 
 def compare(expected: dict[str, float], seen: dict[str, float]) -> Iterator[tuple[str, float, float, bool]]:
-    """Give the name of each metric, both figures, and whether they agree; a missing one is NaN, which does not."""
+    """Return the name of each metric, both figures, and whether they agree; a missing one is NaN, which does not."""
     for name in sorted(expected.keys() | seen.keys()):
         pair = [metrics.get(name, nan) for metrics in (expected, seen)]
         yield name, *pair, abs(pair[0] - pair[1]) < 1.01 * TOLERANCE

@@ -47,12 +47,6 @@ inline Tensor values_as(const Tensor& self, torch::headeronly::ScalarType type) 
   return torch::stable::to(call_torch("aten::detach", "", self), type);
 }
 
-// The tensor for a worker thread to write to. The thread is not in the inference mode of the one that called the
-// operator, without which torch refuses to write to a tensor that was made in it.
-inline Tensor for_worker(const Tensor& self) {
-  return torch::stable::from_blob(self.data_ptr(), self.sizes(), self.strides(), self.device(), self.scalar_type());
-}
-
 inline Tensor empty_matrix(const Tensor& like, torch::headeronly::ScalarType type, int64_t rows, int64_t columns) {
   return torch::stable::empty({rows, columns}, type, std::nullopt, like.device());
 }

@@ -88,7 +88,7 @@ def find(name: str) -> Model:
 
 
 def fetch(name: str) -> Path:
-    """Give the path of a checkpoint of mmdcn's own, once its hash is found right.
+    """Return the path of a checkpoint of mmdcn's own, once its hash is found right.
 
     A file on the disk is used where it lies. One from http(s) is downloaded to where torch keeps such files,
     `torch.hub.get_dir()`/checkpoints, and downloaded again if it is not the right one.

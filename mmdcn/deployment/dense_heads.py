@@ -60,7 +60,7 @@ def check_head(head: Any) -> None:
 
 
 def candidates(head: Any, features: Sequence[Tensor], sizes: Tensor) -> Candidates:
-    """Give the boxes of a head before non-maximum suppression.
+    """Return the boxes of a head before non-maximum suppression.
 
     Args:
         head: The head.

@@ -48,7 +48,7 @@ def check_head(head: Any) -> None:
 
 
 def candidates(head: Any, features: Sequence[Tensor], proposals: Candidates, sizes: Tensor) -> Candidates:
-    """Give the boxes of an RoI head before non-maximum suppression.
+    """Return the boxes of an RoI head before non-maximum suppression.
 
     Args:
         head: The head, of one stage or a cascade.

@@ -49,7 +49,7 @@ class AmpOptimWrapper(optim.AmpOptimWrapper):
         _use_float32_in_mmcv()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state of the optimizer, and on a GPU that of the loss's scale."""
+        """Return the state of the optimizer, and on a GPU that of the loss's scale."""
         state = super().state_dict()
         if self.on_cpu:
             del state['loss_scaler']  # a GPU would refuse an empty one

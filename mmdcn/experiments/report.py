@@ -36,12 +36,12 @@ def count_parameters(cfg: Config) -> int:
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    """Give the mean, and the standard deviation of a sample."""
+    """Return the mean, and the standard deviation of a sample."""
     return f'{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}'
 
 
 def difference(values: list[float], baseline: list[float]) -> tuple[str, str]:
-    """Give the difference of the means with its interval, and which is higher, if that is known."""
+    """Return the difference of the means with its interval, and which is higher, if that is known."""
     low, high = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval(0.95)
     verdict = 'higher' if low > 0 else 'lower' if high < 0 else 'none shown'
     return f'{np.mean(values) - np.mean(baseline):+.1f} ({low:+.1f} to {high:+.1f})', verdict

@@ -23,11 +23,11 @@ class Results:
         self._read: dict[str, dict[str, dict[str, Result]]] = {}
 
     def path(self, data: str) -> Path:
-        """Give the file of a data set."""
+        """Return the file of a data set."""
         return self.folder / f'{data}.json'
 
     def find(self, data: str, config: str, seed: int) -> Result | None:
-        """Give the result of a run, or None if it is not finished."""
+        """Return the result of a run, or None if it is not finished."""
         return self._of(data).get(config, {}).get(f'seed_{seed}')
 
     def keep(self, data: str, config: str, seed: int, result: Result) -> None:

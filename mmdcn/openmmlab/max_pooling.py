@@ -21,11 +21,11 @@ class Samples(NamedTuple):
     samples: Tensor  # [N, bins]
 
     def of(self, regions: Tensor) -> 'Samples':
-        """Give those of some regions."""
+        """Select some regions."""
         return Samples(*(each[regions] for each in self))
 
     def places(self) -> Tensor:  # [N, bins, samples]
-        """Give the places; a bin with fewer than the others has its last one again, or, with none, NaN."""
+        """Return the places; a bin with fewer than the others has its last one again, or, with none, NaN."""
         most = max(int(self.samples.max()), 1)
         number = torch.arange(most, device=self.first.device).minimum(self.samples[:, :, None] - 1)
         places = self.first[:, :, None] + number * self.step[:, :, None]
@@ -39,7 +39,7 @@ def roi_align_samples(
     sampling_ratio: int,
     aligned: bool,
 ) -> tuple[Samples, Samples]:
-    """Give the rows and columns of RoIAlign's samples."""
+    """Return the rows and columns of RoIAlign's samples."""
 
     def axis(low: Tensor, high: Tensor, bins: int) -> Samples:
         start, end = (corner * spatial_scale - (0.5 if aligned else 0.0) for corner in (low, high))
@@ -60,7 +60,7 @@ def roi_pool_samples(
     spatial_scale: float,
     image_size: tuple[int, ...],
 ) -> tuple[Samples, Samples]:
-    """Give the rows and columns of the pixels of RoIPool's bins (Girshick, Fast R-CNN, ICCV 2015, section 2.1)."""
+    """Return the rows and columns of the pixels of RoIPool's bins (Girshick, Fast R-CNN, ICCV 2015, section 2.1)."""
 
     def axis(low: Tensor, high: Tensor, bins: int, pixels: int) -> Samples:
         start, end = low * spatial_scale, (high + 1) * spatial_scale
@@ -81,7 +81,7 @@ def largest(
     rows: Samples,
     columns: Samples,
 ) -> tuple[Tensor, Tensor, Tensor]:  # each [N, C, ph, pw]
-    """Give the largest sample of each bin, and the row and column of the first such; -1 for a bin without any."""
+    """Return the largest sample of each bin, and the row and column of the first such; -1 for a bin without any."""
     shape = (len(rois), input.shape[1], rows.first.shape[1], columns.first.shape[1])
     values = input.new_zeros(shape)
     at_y, at_x = (rows.first.new_full(shape, -1) for _ in range(2))
@@ -107,7 +107,7 @@ def add_gradient(
     at_x: Tensor,
     grad_input: Tensor,  # [B, C, H, W]
 ) -> None:
-    """Give each bin's gradient to the pixels that its largest sample is made of."""
+    """Add each bin's gradient to the pixels that its largest sample is made of."""
     _, channels, height, width = grad_input.shape
     images = rois[:, 0].long()[:, None, None, None]
     plane = images * channels + torch.arange(channels, device=rois.device)[:, None, None]
@@ -121,7 +121,7 @@ def add_gradient(
 
 
 def _alike(rows: Samples, columns: Samples, channels: int) -> Iterator[Tensor]:
-    """Give the numbers of regions, those with about as many samples together, never more than may be gathered."""
+    """Return the numbers of regions, those with about as many samples together, never more than may be gathered."""
     if len(rows.samples) == 0:
         return
     sides = (each.samples.amax(1).clamp(min=1) * each.samples.shape[1] for each in (rows, columns))
@@ -154,7 +154,7 @@ def _bilinear(
 
 
 def _neighbours(places: Tensor, pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give the pixels on both sides of each place, and their shares: none where it is outside, or NaN."""
+    """Return the pixels on both sides of each place, and their shares: none where it is outside, or NaN."""
     inside = (places >= -1) & (places <= pixels)
     place = places.where(inside, 0).clamp(0, pixels - 1)
     low = place.floor()

@@ -70,7 +70,7 @@ def get_compiling_cuda_version() -> str:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Give the numbers of the boxes that are kept."""
+    """Return the numbers of the boxes that are kept."""
     return ops.nms(boxes, scores, iou_threshold, offset)
 
 
@@ -91,7 +91,7 @@ def softnms(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Give the groups of a box that is kept and those that it suppresses, of dets [N, 5]."""
+    """Return the groups of a box that is kept and those that it suppresses, of dets [N, 5]."""
     return ops.nms_match(dets[:, :4], dets[:, 4], iou_threshold)
 
 
@@ -204,7 +204,7 @@ def sigmoid_focal_loss_backward(
 
 
 def _probabilities(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give where a number is that of the target's class, its probability p, log(p) and log(1 - p)."""
+    """Return where a number is that of the target's class, its probability p, log(p) and log(1 - p)."""
     p = input.to(torch.promote_types(input.dtype, torch.float32)).sigmoid()
     tiny = torch.finfo(torch.float32).tiny
     is_target = target[:, None] == torch.arange(input.shape[1], device=input.device)

@@ -60,7 +60,7 @@ def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[list[
 
 
 def _overlap(a: Box, b: Box, offset: int) -> float:
-    """Give the intersection over union; NaN, which exceeds nothing, of boxes of no size."""
+    """Return the intersection over union; NaN, which exceeds nothing, of boxes of no size."""
     width = max(min(a[2], b[2]) - max(a[0], b[0]) + offset, 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]) + offset, 0)
     areas = sum((box[2] - box[0] + offset) * (box[3] - box[1] + offset) for box in (a, b))

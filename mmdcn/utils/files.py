@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of the file at the end; after an error that file is as it was."""
+    """Yield a path to write to, which takes the place of the file at the end; after an error that file is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f'{path.name}.{os.getpid()}.partial')
     try:

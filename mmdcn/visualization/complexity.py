@@ -36,7 +36,7 @@ class DetectorComplexity:
     uncounted: dict[str, int]  # how often each is called
 
     def total(self, what: str) -> int:
-        """Give the sum of one figure, such as `flops`, over the layers."""
+        """Return the sum of one figure, such as `flops`, over the layers."""
         return sum(getattr(layer, what) for layer in self.layers)
 
 
@@ -95,7 +95,7 @@ def _of_torch(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
 
 
 def _own(counts: Mapping[str, float]) -> Counter[str]:
-    """Give what each module counts beyond the modules inside it, of which some may be missing."""
+    """Return what each module counts beyond the modules inside it, of which some may be missing."""
     own = Counter({name: int(count) for name, count in counts.items()})
     for name, count in counts.items():
         parts = name.split('.')

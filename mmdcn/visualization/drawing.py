@@ -30,11 +30,11 @@ class Picture:
     scale: tuple[float, float] = (1.0, 1.0)  # (y, x)
 
     def from_input(self, places: Tensor) -> Tensor:  # [..., 2] -> [..., 2]
-        """Give the places (y, x) in the image of places in the network's input."""
+        """Return the places (y, x) in the image of places in the network's input."""
         return (places + 0.5) / places.new_tensor(self.scale) - 0.5
 
     def to_input(self, y: float, x: float) -> tuple[float, float]:
-        """Give the place in the network's input of a place in the image."""
+        """Return the place in the network's input of a place in the image."""
         return (y + 0.5) * self.scale[0] - 0.5, (x + 0.5) * self.scale[1] - 0.5
 
     def show(self, ax: Axes) -> None:
@@ -147,7 +147,7 @@ def points_figure(
 
 
 def magnitude_map(layer: SampledLayer) -> Tensor:  # [H_out, W_out]
-    """Give the mean length of the offsets of all groups and taps, in pixels of the network's input."""
+    """Return the mean length of the offsets of all groups and taps, in pixels of the network's input."""
     stride = layer.offset.new_tensor(layer.input_stride)[:, None, None]
     return (layer.offset * stride).square().sum(2).sqrt().mean((0, 1))
 

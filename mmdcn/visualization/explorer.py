@@ -20,7 +20,7 @@ _NOT_FINITE = -32768  # among the offsets, which are of -32767 to 32767 units
 def explorer_page(
     picture: Picture, recorder: SamplingRecorder, detections: Sequence[Detection], title: str, subtitle: str = ''
 ) -> str:
-    """Give the page as HTML that needs no other file, server or network.
+    """Return the page as HTML that needs no other file, server or network.
 
     Offsets are rounded to 1/32767 of the largest of their layer, masks to 1/255.
 
@@ -60,7 +60,7 @@ def _data_url(pixels: np.ndarray[Any, Any]) -> str:
 
 
 def _describe(layer: SampledLayer, picture: Picture) -> dict[str, Any]:
-    """Give what the page needs of a layer, in pixels of the image."""
+    """Return what the page needs of a layer, in pixels of the image."""
     scale = np.array(picture.scale)
     stride, start = np.array(layer.grid.stride), np.array(layer.grid.start)
     offset = layer.offset.double().numpy() * np.array(layer.input_stride)[:, None, None] / scale[:, None, None]

@@ -29,21 +29,21 @@ class Grid:
     layer: int | None = None  # the last deformable layer that it comes through
 
     def places(self, positions: Tensor) -> Tensor:
-        """Give the pixels [..., 2] of positions [..., 2] of the map, both (y, x); fractions and outside allowed."""
+        """Return the pixels [..., 2] of positions [..., 2] of the map, both (y, x); fractions and outside allowed."""
         return positions * positions.new_tensor(self.stride) + positions.new_tensor(self.start)
 
     def positions(self, places: Tensor) -> Tensor:
-        """Give the positions [..., 2] of the map that lie on pixels [..., 2]; the inverse of `places`."""
+        """Return the positions [..., 2] of the map that lie on pixels [..., 2]; the inverse of `places`."""
         return (places - places.new_tensor(self.start)) / places.new_tensor(self.stride)
 
     def then(self, scale: Sequence[float], shift: Sequence[float]) -> 'Grid':
-        """Give the grid of a map whose position o lies on position o * scale + shift of this one."""
+        """Return the grid of a map whose position o lies on position o * scale + shift of this one."""
         y, x = ((s * a, b + s * c) for s, b, a, c in zip(self.stride, self.start, scale, shift, strict=True))
         return Grid((y[0], x[0]), (y[1], x[1]), self.layer)
 
 
 def window_grid(grid: Grid, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Grid:
-    """Give the grid of the output of a convolution or pooling; the settings are numbers or pairs (y, x)."""
+    """Return the grid of the output of a convolution or pooling; the settings are numbers or pairs (y, x)."""
     k, s, p, d = (_pair(value) for value in (kernel, stride, padding, dilation))
     return grid.then(s, [d[i] * (k[i] - 1) / 2 - p[i] for i in (0, 1)])
 
@@ -137,7 +137,7 @@ class GridTracker(TorchDispatchMode):
         self._grids[_key(tensor)] = grid
 
     def grid_of(self, tensor: Tensor) -> Grid | None:
-        """Give the grid of a tensor, or None if it is not known."""
+        """Return the grid of a tensor, or None if it is not known."""
         return self._grids.get(_key(tensor)) if tensor.dim() >= 2 else None
 
     def forget(self) -> None:

@@ -59,7 +59,7 @@ class Inspection:
         return [layer.name for layer in self.recorder.layers]
 
     def field(self, layer: SampledLayer, y: float, x: float) -> Tensor:  # [H, W]
-        """Give the effective receptive field of the position of a backbone's layer that is nearest to a place.
+        """Return the effective receptive field of the position of a backbone's layer that is nearest to a place.
 
         Args:
             layer: The layer.
@@ -113,7 +113,7 @@ def _read(path: str | Path) -> np.ndarray[Any, Any]:  # [H, W, 3], BGR
 
 
 def detections_of(sample: DetDataSample, classes: Sequence[str], score: float) -> list[Detection]:
-    """Give the boxes of a sample of at least this score, by falling score."""
+    """Return the boxes of a sample of at least this score, by falling score."""
     found = sample.pred_instances.cpu()
     found = found[found.scores >= score]
     found = found[found.scores.argsort(descending=True)]

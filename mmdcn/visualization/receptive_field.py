@@ -13,7 +13,7 @@ def effective_receptive_field(
     layer: str,
     index: tuple[int, int],
 ) -> Tensor:  # [H, W]
-    """Give the gradient of one position of a layer's output with respect to the image (Luo et al., NeurIPS 2016).
+    """Return the gradient of one position of a layer's output with respect to the image (Luo et al., NeurIPS 2016).
 
     It follows every path, through offsets and masks too. The channels of the output are added up, those of the image
     by magnitude, and the mean is taken over the batch.

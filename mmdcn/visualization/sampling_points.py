@@ -107,7 +107,7 @@ class SamplingRecorder:
         return places, weights
 
     def stack(self, name: str) -> list[SampledLayer]:
-        """Give a layer and those before it, on the way back to the image.
+        """Return a layer and those before it, on the way back to the image.
 
         Raises:
             ValueError: If no layer has this name.
@@ -118,7 +118,7 @@ class SamplingRecorder:
         return layers
 
     def layer(self, name: str) -> SampledLayer:
-        """Give a layer by its name.
+        """Return a layer by its name.
 
         Raises:
             ValueError: If there is none of this name.
@@ -129,7 +129,7 @@ class SamplingRecorder:
         raise ValueError(f'name must be one of {[layer.name for layer in self.layers]}, got {name!r}')
 
     def layer_for(self, size: float, depth: int = 1) -> SampledLayer:
-        """Give the last layer of the stride that puts about eight positions across an object of this many pixels.
+        """Return the last layer of the stride that puts about eight positions across an object of this many pixels.
 
         Only layers with so many layers on the way back to the image are considered, if there are any.
         """
@@ -189,7 +189,7 @@ class SamplingRecorder:
 
 
 def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # [B, C, H, W] or [C, H, W]
-    """Give the images among what a module is called with: mmengine's models take them by keyword, or in lists."""
+    """Return the images among what a module is called with: mmengine's models take them by keyword, or in lists."""
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and value.dim() in (3, 4):
             return value

@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def test_scale(cfg: Config) -> tuple[int, int]:
-    """Give the height and width of the largest image that the test pipeline of a config makes.
+    """Return the height and width of the largest image that the test pipeline of a config makes.
 
     Raises:
         LaunchError: If the config has no such pipeline.
