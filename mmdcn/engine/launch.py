@@ -231,6 +231,8 @@ def run(main: Callable[[], None]) -> int:
     except (LaunchError, ZooError, ImageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else its threads may end the process with an abort
     return 0
 
 
