@@ -12,8 +12,9 @@
 // grad_input and of grad_weight, and leaves its share of grad_offset and grad_mask to be added up in the order of
 // the blocks. So no two threads write one address.
 //
-// A number of a product is one chain of additions (matrix_product.h), in an order that neither tiles nor threads
-// change, and the blocks do not depend on the number of threads. So neither do the bits of the result.
+// A number of a product is one chain of additions (matrix_product.h), and what sums are made of (some taps of all
+// channels, the positions of a tile of the backward, the blocks) does not depend on the number of threads. So neither
+// do the bits of the result.
 //
 // Images that are not NHWC in the right type are copied (bounded_copies.h). If one image is too large for that, the
 // products of some of its channels are added to those of the channels before.

@@ -74,13 +74,15 @@ class ConvForward {
     const int64_t row_bytes = channels_.size() * static_cast<int64_t>(sizeof(scalar_t));
     const int64_t plan_bytes = g_.samples_per_position() * static_cast<int64_t>(sizeof(PlannedSample<T>));
     const int64_t cache = core_cache_bytes(), positions = g_.batch * g_.positions();
-    // So many tiles that the threads' shares are about equal.
-    const int64_t fair = positions / (4 * static_cast<int64_t>(torch::stable::get_num_threads()));
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
     tile_taps_ = kOwnProduct ? std::clamp<int64_t>(kTileDepth / channels_.size(), 1, g_.taps()) : g_.taps();
     const int64_t column_bytes = kOwnProduct ? cache / 4 : cache;
-    const int64_t fitting = std::min({column_bytes / (tile_taps_ * row_bytes), cache / plan_bytes, fair});
+    const int64_t fitting = std::min(column_bytes / (tile_taps_ * row_bytes), cache / plan_bytes);
     constexpr int64_t kRows = kOwnProduct ? kTileRows : Linear::kRows;
-    tile_positions_ = std::clamp<int64_t>(fitting / kRows, 1, kMaxTilePositions / kRows) * kRows;
+    const int64_t most = std::clamp<int64_t>(fitting / kRows, 1, kMaxTilePositions / kRows) * kRows;
+    // As few as fit, but as many for each thread: every tile reads the whole weight.
+    const int64_t tiles = std::max(round_up((positions + most - 1) / most, threads), threads);
+    tile_positions_ = std::max(round_up((positions + tiles - 1) / tiles, kRows), kRows);
   }
 
   void run_tiles(const SamplePlan<T>& plan, const Rows<scalar_t>& rows, const Tensor& output, PlannedSample<T>* samples,

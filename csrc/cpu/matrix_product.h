@@ -2,8 +2,9 @@
 // Products of matrices that lie in a core's cache, on raw memory: no operator of torch is called for a tile.
 //
 // A tile of the result stays in registers: some rows of a few vectors. Each step along the sum loads the vectors of the
-// right matrix and multiplies them by a number of each row of the left one. An element is one chain of additions, so
-// that its bits depend neither on the tiles nor on the threads.
+// right matrix and multiplies them by a number of each row of the left one. An element is one chain of additions, which
+// begins at zero and is then added to what the result had. So its bits depend on neither the registers' tiles nor the
+// threads, and the rounding errors of a long sum that is made of several products stay small.
 #pragma once
 
 #include <algorithm>
@@ -98,9 +99,6 @@ void multiply_tile(const MatrixProduct<T>& p, const T* __restrict left, const T*
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       sum[i][v] = Vector{};
-      if (p.accumulates) {
-        memcpy(&sum[i][v], result + i * result_stride + v * p.result_vector_stride, sizeof(Vector));
-      }
     }
   }
   for (int64_t s = 0; s < p.segments; ++s, left += p.segment_stride) {
@@ -124,7 +122,11 @@ void multiply_tile(const MatrixProduct<T>& p, const T* __restrict left, const T*
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      memcpy(result + i * result_stride + v * p.result_vector_stride, &sum[i][v], sizeof(Vector));
+      T* target = result + i * result_stride + v * p.result_vector_stride;
+      Vector before{};
+      if (p.accumulates) memcpy(&before, target, sizeof(Vector));
+      sum[i][v] += before;
+      memcpy(target, &sum[i][v], sizeof(Vector));
     }
   }
 }
