@@ -30,6 +30,7 @@ template <typename scalar_t>
 class ConvForward {
   using T = compute_t<scalar_t>;
   static constexpr bool kOwnProduct = std::is_same_v<scalar_t, T>;
+  static constexpr int64_t kRows = kOwnProduct ? kTileRows : Linear::kRows;
 
  public:
   ConvForward(const ConvGeometry& g, const ChannelRange& channels, const Tensor& weight,
@@ -49,23 +50,25 @@ class ConvForward {
   }
 
   // Writes the output [N, C_out, H_out, W_out] of the images in `rows`, or, but for the first channels, adds to it.
+  // The threads share the positions, so that their shares are equal; each splits its own into tiles.
   void run(const SamplePlan<T>& plan, const Rows<scalar_t>& rows, const Tensor& output) const {
     const int64_t positions = output.size(0) * g_.positions();
-    const int64_t tiles = (positions + tile_positions_ - 1) / tile_positions_;
+    const int64_t items = (positions + kRows - 1) / kRows;
     const auto body = [&](int64_t begin, int64_t end) {
       const auto samples =
           std::make_unique_for_overwrite<PlannedSample<T>[]>(tile_positions_ * g_.samples_per_position());
+      const int64_t first = begin * kRows, last = std::min(end * kRows, positions);
       if constexpr (kOwnProduct) {
-        run_tiles(plan, rows, output, samples.get(), begin, end);
+        run_tiles(plan, rows, output, samples.get(), first, last);
       } else {
-        run_tiles_of_linear(plan, rows, output, samples.get(), begin, end);
+        run_tiles_of_linear(plan, rows, output, samples.get(), first, last);
       }
     };
     if constexpr (kOwnProduct) {
-      const int64_t work = tile_positions_ * g_.taps() * channels_.size() * (g_.group_out_channels() + kSampleWork);
-      torch::stable::parallel_for(0, tiles, kThreadWork / work + 1, body);
+      const int64_t work = kRows * g_.taps() * channels_.size() * (g_.group_out_channels() + kSampleWork);
+      torch::stable::parallel_for(0, items, kThreadWork / work + 1, body);
     } else {
-      share_items(tiles, body);
+      share_items(items, body);
     }
   }
 
@@ -73,26 +76,20 @@ class ConvForward {
   void set_tile() {
     const int64_t row_bytes = channels_.size() * static_cast<int64_t>(sizeof(scalar_t));
     const int64_t plan_bytes = g_.samples_per_position() * static_cast<int64_t>(sizeof(PlannedSample<T>));
-    const int64_t cache = core_cache_bytes(), positions = g_.batch * g_.positions();
-    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t cache = core_cache_bytes();
     tile_taps_ = kOwnProduct ? std::clamp<int64_t>(kTileDepth / channels_.size(), 1, g_.taps()) : g_.taps();
     const int64_t column_bytes = kOwnProduct ? cache / 4 : cache;
     const int64_t fitting = std::min(column_bytes / (tile_taps_ * row_bytes), cache / plan_bytes);
-    constexpr int64_t kRows = kOwnProduct ? kTileRows : Linear::kRows;
-    const int64_t most = std::clamp<int64_t>(fitting / kRows, 1, kMaxTilePositions / kRows) * kRows;
-    // As few as fit, but as many for each thread: every tile reads the whole weight.
-    const int64_t tiles = std::max(round_up((positions + most - 1) / most, threads), threads);
-    tile_positions_ = std::max(round_up((positions + tiles - 1) / tiles, kRows), kRows);
+    tile_positions_ = std::clamp<int64_t>(fitting / kRows, 1, kMaxTilePositions / kRows) * kRows;
   }
 
   void run_tiles(const SamplePlan<T>& plan, const Rows<scalar_t>& rows, const Tensor& output, PlannedSample<T>* samples,
                  int64_t begin, int64_t end) const {
-    const int64_t positions = output.size(0) * g_.positions();
     const bool in_place = is_nhwc_matrix(output, type_);
     const auto columns = std::make_unique_for_overwrite<T[]>(tile_positions_ * tile_taps_ * channels_.size());
     const auto sums = std::make_unique_for_overwrite<T[]>(in_place ? 0 : tile_positions_ * g_.out_channels);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * tile_positions_, count = std::min(tile_positions_, positions - first);
+    for (int64_t first = begin; first < end; first += tile_positions_) {
+      const int64_t count = std::min(tile_positions_, end - first);
       plan.locate_samples(first, count, samples);
       T* sum = in_place ? data<T>(output) + first * g_.out_channels : sums.get();
       if (channels_.begin == 0) {
@@ -114,10 +111,9 @@ class ConvForward {
   // By oneDNN, of all channels at once.
   void run_tiles_of_linear(const SamplePlan<T>& plan, const Rows<scalar_t>& rows, const Tensor& output,
                            PlannedSample<T>* samples, int64_t begin, int64_t end) const {
-    const int64_t positions = output.size(0) * g_.positions();
     const Tensor columns = empty_matrix(output, type_, tile_positions_, g_.taps() * g_.in_channels);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * tile_positions_, count = std::min(tile_positions_, positions - first);
+    for (int64_t first = begin; first < end; first += tile_positions_) {
+      const int64_t count = std::min(tile_positions_, end - first);
       plan.locate_samples(first, count, samples);
       sample(rows, samples, count, 0, g_.taps(), data<scalar_t>(columns));
       const Tensor product = (*linear_)(slice(columns, 0, 0, round_up(count, Linear::kRows)));

@@ -8,6 +8,7 @@
 #include "../core/dispatch.h"
 #include "../core/stable_ops.h"
 #include "deform_conv2d_plan.h"
+#include "deform_conv2d_sampling.h"
 #include "matrix_product.h"
 
 namespace mmdcn {
@@ -50,7 +51,7 @@ class GroupWeights {
   };
 
   template <typename scalar_t>
-  void pack(const Tensor& weight) {
+  void pack(const Tensor& weight) const {
     // Outputs whose numbers lie side by side in the packed matrix, and in few enough rows of the weight for a cache.
     const int64_t step = std::min<int64_t>(parts_[0].weight.panel_columns(), 16);
     const int64_t out_steps = (g_.group_out_channels() + step - 1) / step;
@@ -67,20 +68,27 @@ class GroupWeights {
   }
 
   template <typename scalar_t>
-  void pack_outputs(const Tensor& weight, const Part& part, int64_t first, int64_t last) {
+  void pack_outputs(const Tensor& weight, const Part& part, int64_t first, int64_t last) const {
     const int64_t in_group = part.channels.begin % g_.group_in_channels(), size = part.channels.size();
     const int64_t out_stride = weight.stride(0), channel_stride = weight.stride(1);
-    for (int64_t tap = 0; tap < g_.taps(); ++tap) {
-      const scalar_t* from = data<const scalar_t>(weight) +
-                             (part.channels.group * g_.group_out_channels()) * out_stride + in_group * channel_stride +
-                             tap / g_.kernel_width * weight.stride(2) + tap % g_.kernel_width * weight.stride(3);
-      for (int64_t c = 0; c < size; ++c) {
-        T* target = &part.weight.at(tap * size + c, first);
-        for (int64_t o = first; o < last; ++o) {
-          target[o - first] = static_cast<T>(from[o * out_stride + c * channel_stride]);
+    const scalar_t* weights = data<const scalar_t>(weight) +
+                              (part.channels.group * g_.group_out_channels() + first) * out_stride +
+                              in_group * channel_stride;
+    constexpr int64_t kChannels = 16;  // whose taps stay in the first-level cache
+    with_constant_channels(last - first, [&](auto outputs) {
+      for (int64_t channel = 0; channel < size; channel += kChannels) {
+        for (int64_t tap = 0; tap < g_.taps(); ++tap) {
+          const scalar_t* from =
+              weights + tap / g_.kernel_width * weight.stride(2) + tap % g_.kernel_width * weight.stride(3);
+          for (int64_t c = channel; c < std::min(channel + kChannels, size); ++c) {
+            T* target = &part.weight.at(tap * size + c, first);
+            for (int64_t o = 0; o < outputs; ++o) {
+              target[o] = static_cast<T>(from[o * out_stride + c * channel_stride]);
+            }
+          }
         }
       }
-    }
+    });
     if (last == g_.group_out_channels()) part.weight.zero_padding();
   }
 
