@@ -208,25 +208,26 @@ class ConvBackward {
   template <typename Count>
   void run_sample(Count channels, const PlannedSample<T>& sample, int64_t first_channel, const Rows<scalar_t>& rows,
                   const Rows<T>& grad_rows, const SampleColumn& target, SampleGradient* gradient) const {
-    T* column = target.gradient;
     const BilinearCell<T>& cell = sample.cell;
     const CornerRows<scalar_t> corners(cell, rows, first_channel, outside_.data());
-    T weight[4];
-    if (needs_sampling_) {
-      T dot[4];
-      dot_corners(corners, column, channels, dot);
-      cell.weights(1, weight);
-      *gradient = {sample.mask * cell.derivative_y(dot), sample.mask * cell.derivative_x(dot),
-                   weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3]};
-    }
+    T weight[4], dot[4];
     cell.weights(sample.mask, weight);
-    if (needs_input_) scatter_channels(cell, weight, column, channels, grad_rows, first_channel);
-    if (!needs_weight_) return;
+    if (needs_input_) scatter_channels(cell, weight, target.gradient, channels, grad_rows, first_channel);
+    if (!needs_sampling_ && !needs_weight_) return;
     if constexpr (kInBFloat16) {
-      sample_into_pairs(corners, weight, channels, target.is_odd, target.pair);
+      const BFloat16Pair kept = target.is_odd ? 0xFFFF : 0, shift = target.is_odd ? 16 : 0;  // the even one comes first
+      BFloat16Pair* pair = target.pair;
+      dot_and_sample(corners, weight, target.gradient, channels, dot, [=](int64_t c, float value) {
+        pair[c] = (pair[c] & kept) | static_cast<BFloat16Pair>(rounded<BFloat16, float>(value).x) << shift;
+      });
     } else {
-      sample_channels(corners, weight, channels, column);
+      T* column = target.gradient;
+      dot_and_sample(corners, weight, column, channels, dot, [=](int64_t c, T value) { column[c] = value; });
     }
+    if (!needs_sampling_) return;
+    cell.weights(1, weight);
+    *gradient = {sample.mask * cell.derivative_y(dot), sample.mask * cell.derivative_x(dot),
+                 weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3]};
   }
 
   // Adds up what the blocks gave to the samples of the chunk's positions, in the order of the blocks.

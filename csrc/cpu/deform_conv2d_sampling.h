@@ -9,7 +9,7 @@
 
 #include "../core/bilinear.h"
 #include "../core/nhwc.h"
-#include "bfloat16_product.h"
+#include "matrix_product.h"
 
 namespace mmdcn {
 
@@ -71,20 +71,6 @@ void sample_channels(const CornerRows<scalar_t>& corners, const T (&weight)[4], 
   }
 }
 
-// The same, as the number of an even or an odd row of pairs; the even one comes first.
-template <typename Count>
-void sample_into_pairs(const CornerRows<BFloat16>& corners, const float (&weight)[4], Count channels, bool is_odd,
-                       BFloat16Pair* __restrict out) {
-  const BFloat16 *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
-  const BFloat16Pair kept = is_odd ? 0xFFFF : 0, shift = is_odd ? 16 : 0;
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    const float value = weight[0] * static_cast<float>(v0[c]) + weight[1] * static_cast<float>(v1[c]) +
-                        weight[2] * static_cast<float>(v2[c]) + weight[3] * static_cast<float>(v3[c]);
-    out[c] = (out[c] & kept) | static_cast<BFloat16Pair>(rounded<BFloat16, float>(value).x) << shift;
-  }
-}
-
 // The transpose of sample_channels. Nothing is added to a corner outside.
 template <typename T, typename Count>
 void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T* __restrict grad, Count channels,
@@ -99,18 +85,47 @@ void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T
   }
 }
 
-template <typename scalar_t, typename T, typename Count>
-void dot_corners(const CornerRows<scalar_t>& corners, const T* grad, Count channels, T (&dot)[4]) {
-  const scalar_t *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
-  T d0 = 0, d1 = 0, d2 = 0, d3 = 0;
-#pragma omp simd reduction(+ : d0, d1, d2, d3)
-  for (int64_t c = 0; c < channels; ++c) {
-    d0 += grad[c] * static_cast<T>(v0[c]);
-    d1 += grad[c] * static_cast<T>(v1[c]);
-    d2 += grad[c] * static_cast<T>(v2[c]);
-    d3 += grad[c] * static_cast<T>(v3[c]);
+// The sum of a few lanes. Compilers add up the lanes of a `simd reduction` one after the other, which takes longer than
+// all else that is done with 32 channels.
+template <typename T, size_t kLanes>
+T sum_of_lanes(T (&lanes)[kLanes]) {
+  for (size_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (size_t l = 0; l < half; ++l) {
+      lanes[l] += lanes[l + half];
+    }
   }
-  dot[0] = d0, dot[1] = d1, dot[2] = d2, dot[3] = d3;
+  return lanes[0];
+}
+
+// The dot products of the corners with a column's gradient, and put(c, the sample of channel c), which may overwrite
+// the gradient: each corner is read once for both.
+template <typename scalar_t, typename T, typename Count, typename Put>
+void dot_and_sample(const CornerRows<scalar_t>& corners, const T (&weight)[4], const T* grad, Count channels,
+                    T (&dot)[4], const Put& put) {
+  constexpr int64_t kLanes = lanes_for<T>(std::is_same_v<Count, int64_t> ? 16 : Count());
+  T d0[kLanes] = {}, d1[kLanes] = {}, d2[kLanes] = {}, d3[kLanes] = {};
+  const scalar_t *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
+  const auto add = [&](int64_t c, int64_t lane) {
+    const T c0 = static_cast<T>(v0[c]), c1 = static_cast<T>(v1[c]), c2 = static_cast<T>(v2[c]),
+            c3 = static_cast<T>(v3[c]), g = grad[c];
+    d0[lane] += g * c0;
+    d1[lane] += g * c1;
+    d2[lane] += g * c2;
+    d3[lane] += g * c3;
+    put(c, weight[0] * c0 + weight[1] * c1 + weight[2] * c2 + weight[3] * c3);
+  };
+  const int64_t whole = channels / kLanes * kLanes;
+  for (int64_t c = 0; c < whole; c += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      add(c + lane, lane);
+    }
+  }
+  for (int64_t c = whole; c < channels; ++c) {
+    add(c, 0);
+  }
+  dot[0] = sum_of_lanes(d0), dot[1] = sum_of_lanes(d1), dot[2] = sum_of_lanes(d2), dot[3] = sum_of_lanes(d3);
 }
 
 }  // namespace mmdcn

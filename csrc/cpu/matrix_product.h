@@ -20,7 +20,7 @@ constexpr int64_t kThreadWork = 1 << 18;  // multiplications that are worth a th
 
 // Numbers in a vector: 4, 8 or 16, so that few are wasted on a narrow matrix.
 template <typename T>
-int64_t lanes_for(int64_t columns) {
+constexpr int64_t lanes_for(int64_t columns) {
   constexpr int64_t kWidest = std::max<int64_t>(kRegisterBytes / sizeof(T), 4);
   return columns <= 4 ? 4 : columns <= 8 ? 8 : kWidest;
 }
