@@ -9,7 +9,7 @@
 
 #include "../core/bilinear.h"
 #include "../core/nhwc.h"
-#include "matrix_product.h"
+#include "lanes.h"
 
 namespace mmdcn {
 
@@ -85,25 +85,12 @@ void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T
   }
 }
 
-// The sum of a few lanes. Compilers add up the lanes of a `simd reduction` one after the other, which takes longer than
-// all else that is done with 32 channels.
-template <typename T, size_t kLanes>
-T sum_of_lanes(T (&lanes)[kLanes]) {
-  for (size_t half = kLanes / 2; half > 0; half /= 2) {
-#pragma omp simd
-    for (size_t l = 0; l < half; ++l) {
-      lanes[l] += lanes[l + half];
-    }
-  }
-  return lanes[0];
-}
-
 // The dot products of the corners with a column's gradient, and put(c, the sample of channel c), which may overwrite
 // the gradient: each corner is read once for both.
 template <typename scalar_t, typename T, typename Count, typename Put>
 void dot_and_sample(const CornerRows<scalar_t>& corners, const T (&weight)[4], const T* grad, Count channels,
                     T (&dot)[4], const Put& put) {
-  constexpr int64_t kLanes = lanes_for<T>(std::is_same_v<Count, int64_t> ? 16 : Count());
+  constexpr int64_t kLanes = lanes_of<T, Count>();
   T d0[kLanes] = {}, d1[kLanes] = {}, d2[kLanes] = {}, d3[kLanes] = {};
   const scalar_t *v0 = corners.values[0], *v1 = corners.values[1], *v2 = corners.values[2], *v3 = corners.values[3];
   const auto add = [&](int64_t c, int64_t lane) {

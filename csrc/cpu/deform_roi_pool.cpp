@@ -17,6 +17,7 @@
 #include "../core/dispatch.h"
 #include "../core/nhwc.h"
 #include "bounded_copies.h"
+#include "lanes.h"
 
 namespace mmdcn {
 namespace {
@@ -254,12 +255,7 @@ class Backward {
     ShiftGradient<T> sum{0, 0};
     for (const PixelWeight<T>& y : roi.rows(bin)) {
       for (const PixelWeight<T>& x : roi.columns(bin)) {
-        const T* pixel = rows_->at(y.pixel * g_.width + x.pixel, channel);
-        T product = 0;
-#pragma omp simd reduction(+ : product)
-        for (int64_t c = 0; c < channels; ++c) {
-          product += grad[c] * pixel[c];
-        }
+        const T product = dot_product(grad, rows_->at(y.pixel * g_.width + x.pixel, channel), channels);
         sum.y += y.slope * x.weight * product, sum.x += y.weight * x.slope * product;
       }
     }
