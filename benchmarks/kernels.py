@@ -36,13 +36,21 @@ LIMITS = {
     '121': (100, 1536, 24),
 }
 REGISTERS = 65536  # of a multiprocessor
-SYSTEM_SHARED = 1024  # bytes of a block that the system takes; from sm_90 on a linked library counts them too
+SYSTEM_SHARED = 1024  # bytes of a block that the system takes; from sm_90 on a binary counts them too
+LAUNCH_SHARED = {  # bytes that a launch asks for: Form::shared_bytes of nine taps, by kernel
+    r'\bMma<.*, 128, 256, 64, 64, 2, 1>': 135168,
+    r'\bMma<.*, 64, 128, 32, 64, 3, 2>': 83968,
+    r'\bMma<.*, 64, 64, 32, 32, 3, 3>': 59392,
+    r'\bWgmma<.*, 1, 64, 4, 3>': 51520,
+    r'\bWgmma<.*, 2, 256, 3, 1>': 135728,
+    r'\bWgmma<.*, 3, 128, 5, 1>': 138064,
+}
 CLASSES = {  # the first that matches
     'control': r'BRA|BRX|JMP|EXIT|BSSY|BSYNC|BREAK|BAR|WARPSYNC|CALL|RET|NOP|DEPBAR|LDGDEPBAR|YIELD|NANOSLEEP|WARPGROUP'
     r'|ERRBAR|MEMBAR|FENCE|ELECT|VOTE|ACQBULK|UCGABAR',
-    'conversion': r'F2|I2F|FRND|I2IP?\b|HADD2\.(BF16_V2\.)?F32',
+    'conversion': r'U?F2|U?I2F|FRND|I2IP?\b|HADD2\.(BF16_V2\.)?F32',
     'tensor': r'[HIQODB]?G?MMA\b|UTC\w*MMA',
-    'memory': r'LD|ST|ATOM|RED|UBLKCP|UTMA|SYNCS|CCTL|SULD|SUST|TEX|UBLKRED',
+    'memory': r'LD|ST|ATOM|RED(?!UX)|UBLKCP|UTMA|SYNCS|CCTL|SULD|SUST|TEX|UBLKRED',
     'FP32': r'FADD|FMUL|FFMA|FMNMX|FSEL|FSETP|FSET\b|FCHK|MUFU|FSWZADD|FADD2|FMUL2|FFMA2',
     'FP16': r'H(ADD|MUL|FMA|SET|SETP|MNMX)2',
     'FP64': r'D(ADD|MUL|FMA|SETP)',
@@ -71,9 +79,11 @@ class Instruction:
     def width(self) -> str:
         """The operation, and its bits where it names a register's worth: LDG.128."""
         operation, *modifiers = self.name.split('.')
-        if not re.match(r'(LD|ST|ATOM|RED)(?!SM|GDEPBAR)', operation):
+        if not re.match(r'(LD|ST|ATOM|RED)(?!SM|GDEPBAR|UX)', operation):
             return operation
-        return f'{operation}.{next((m.strip("US") for m in modifiers if re.fullmatch("[US]?(8|16|64|128)", m)), 32)}'
+        named = (re.fullmatch(r'[USF]?(8|16|64|128|32x4)', modifier) for modifier in modifiers)
+        bits = next((found[1] for found in named if found), '32')
+        return f'{operation}.{bits.replace("32x4", "128")}'
 
     @property
     def loaded_bytes(self) -> int:
@@ -258,9 +268,8 @@ def kernels(binary: Path, pattern: str, dynamic: dict[str, int]) -> list[Kernel]
     for architecture, name, code in listed:
         if not re.search(pattern, names[name]):
             continue
-        linked = (architecture, name) in resources  # a bare cubin does not say what it is for, nor is it linked
-        registers, shared = resources[architecture if linked else '', name]
-        if linked and int(re.sub(r'\D', '', architecture)) >= 90:
+        registers, shared = resources.get((architecture, name)) or resources['', name]  # a cubin has no heading
+        if int(re.sub(r'\D', '', architecture)) >= 90:
             shared = max(shared - SYSTEM_SHARED, 0)
         shared += next((size for key, size in dynamic.items() if re.search(key, names[name])), 0)
         block = threads.get((architecture, name)) or threads.get(('', name), 1024)
@@ -304,6 +313,24 @@ def table(found: list[Kernel]) -> str:
     return tabulate(lines, headers=heads, tablefmt='github', disable_numparse=True)
 
 
+def tables(found: dict[str, list[Kernel]]) -> str:
+    return '\n\n'.join(f'{binary}:\n\n{table(rows)}' for binary, rows in found.items())
+
+
+def store(found: dict[str, list[Kernel]], folder: Path) -> None:
+    """Write kernels-ARCHITECTURE.md and .json; that of sm_90 has the kernels of sm_90a too."""
+    by_architecture: dict[str, dict[str, list[Kernel]]] = {}
+    for binary, rows in found.items():
+        for kernel in rows:
+            by_architecture.setdefault(kernel.architecture.rstrip('a'), {}).setdefault(binary, []).append(kernel)
+    for architecture, own in by_architecture.items():
+        path = folder / f'kernels-{architecture}'
+        unpadded = re.sub(r'([ -])\1+', r'\1', tables(own))
+        path.with_suffix('.md').write_text(f'{unpadded}\n')
+        lines = [json.dumps({'binary': binary, **asdict(kernel)}) for binary, rows in own.items() for kernel in rows]
+        path.with_suffix('.json').write_text('[\n' + ',\n'.join(lines) + '\n]\n')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument(
@@ -315,18 +342,15 @@ def main() -> None:
         nargs='+',
         default=[],
         metavar='REGEX=BYTES',
-        help='shared memory that the launch of the kernels of that name asks for',
+        help="shared memory that launches of the kernels of that name ask for; the library's, with nine taps, is known",
     )
-    parser.add_argument('--out', type=Path, help='the same as OUT.json and OUT.md')
+    parser.add_argument('--out', type=Path, help='folder for kernels-ARCHITECTURE.md and .json')
     args = parser.parse_args()
-    dynamic = {key: int(size) for key, _, size in (item.rpartition('=') for item in args.dynamic)}
-    found = {str(binary.name): kernels(binary, args.kernels, dynamic) for binary in args.binary}
-    text = '\n\n'.join(f'{binary}:\n\n{table(rows)}' for binary, rows in found.items())
-    print(text)
+    dynamic = LAUNCH_SHARED | {key: int(size) for key, _, size in (item.rpartition('=') for item in args.dynamic)}
+    found = {binary.name: kernels(binary, args.kernels, dynamic) for binary in args.binary}
+    print(tables(found))
     if args.out:
-        stored = {binary: [asdict(kernel) for kernel in rows] for binary, rows in found.items()}
-        args.out.with_suffix('.json').write_text(json.dumps(stored, indent=1))
-        args.out.with_suffix('.md').write_text(f'{text}\n')
+        store(found, args.out)
 
 
 if __name__ == '__main__':
