@@ -90,7 +90,7 @@ struct Mma {
   }
 
   __device__ __forceinline__ static void run(const FusedForward& call, const FusedSteps& plan) {
-    extern __shared__ __align__(1024) unsigned char shared[];
+    unsigned char* const shared = dynamic_shared();
     const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const uint32_t operands = shared_address(shared), stages = operands + 2 * kOperandBytes;
     const uint32_t table = stages + kStages * kStageBytes;
@@ -233,11 +233,8 @@ template <typename scalar_t>
 void run_mma(const FusedForward& call, int32_t device) {
   with_mma_form<scalar_t>(call, [&](auto form) {
     using Form = decltype(form);
-    const int32_t bytes = Form::shared_bytes(call.taps);
     const FusedSteps plan = FusedSteps::of(call, Form::kRows, Form::kColumns, Form::kTapBytes, 0);
-    allow_shared_bytes(fused_mma<Form>, bytes);
-    fused_mma<Form><<<plan.tiles, Form::kThreads, bytes, current_stream(device)>>>(call, plan);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_kernel(fused_mma<Form>, plan.tiles, Form::kThreads, Form::shared_bytes(call.taps), device, call, plan);
   });
 }
 

@@ -31,9 +31,8 @@ struct Wgmma {
   __host__ __device__ static constexpr int shared_bytes(int taps) { return kTables + kWarps * table_bytes(taps); }
 
   __device__ __forceinline__ static void run(const FusedForward& call, const FusedSteps& plan) {
-    extern __shared__ __align__(1024) unsigned char shared[];
     const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, in_quad = lane % 4;
-    const uint32_t stages = shared_address(shared), barriers = stages + kBarriers;
+    const uint32_t stages = shared_address(dynamic_shared()), barriers = stages + kBarriers;
     const uint32_t rows = stages + kRowNumbers + warp * kWarpRows * 4;
     const uint32_t table = stages + kTables + warp * plan.table_bytes;
     const auto full = [&](int32_t stage) { return barriers + stage * 16; };
@@ -219,14 +218,11 @@ template <typename scalar_t>
 void run_wgmma(const FusedForward& call, int32_t device) {
   with_wgmma_form<scalar_t>(call, [&](auto form) {
     using Form = decltype(form);
-    const int32_t bytes = Form::shared_bytes(call.taps);
     const FusedSteps plan =
         FusedSteps::of(call, Form::kRows, Form::kColumns, Form::kTapBytes, Form::table_bytes(call.taps));
-    allow_shared_bytes(fused_wgmma<Form>, bytes);
     const int64_t resident = multiprocessors(device) * Form::kResident / plan.column_tiles * plan.column_tiles;
     const int64_t blocks = std::min<int64_t>(plan.tiles, std::max<int64_t>(resident, plan.column_tiles));
-    fused_wgmma<Form><<<blocks, Form::kThreads, bytes, current_stream(device)>>>(call, plan);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_kernel(fused_wgmma<Form>, blocks, Form::kThreads, Form::shared_bytes(call.taps), device, call, plan);
   });
 }
 

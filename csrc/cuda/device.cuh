@@ -53,10 +53,19 @@ inline void clear(void* target, int64_t bytes, int32_t device) {
   STD_CUDA_CHECK(cudaMemsetAsync(target, 0, bytes, current_stream(device)));
 }
 
-// Lets a kernel have so much dynamic shared memory: more than 48 KiB must be asked for.
-template <typename Kernel>
-void allow_shared_bytes(Kernel kernel, int32_t bytes) {
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+// Launches a kernel with dynamic shared memory; more than 48 KiB must be asked for.
+template <typename... Arguments>
+void launch_kernel(void (*kernel)(Arguments...), int64_t blocks, int32_t threads, int32_t shared_bytes, int32_t device,
+                   const Arguments&... arguments) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<static_cast<uint32_t>(blocks), threads, shared_bytes, current_stream(device)>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// That memory, at a multiple of 1024 bytes.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  return shared;
 }
 
 // Adjacent 16-bit numbers, the first in the lower half of a word.
