@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA source, run by the host: all of it but the files that have a twin in cuda_host, which are put over them.
 
-The twin runs the warps of a block in an order drawn from MMDCN_HOST_SEED, and refuses unaligned vectors. What needs a
-GPU (the launches, torch's products) is tested where there is one.
+The twin runs the warps of a block in an order drawn from MMDCN_HOST_SEED, and refuses unaligned vectors. It multiplies
+fragments of matrices as the tensor cores of MMDCN_HOST_CAPABILITY do. What needs a GPU (the launches, torch's products)
+is tested where there is one.
 """
 
+import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -31,15 +33,23 @@ CALLS['wider than a warp'] = Case((264, 2), (4, 3), (1, 2))
 CALLS['many taps'] = Case((8, 2), (6, 5), (2, 7), padding=(1, 3), offset_groups=2)
 # One whose tiles are whole rows, wider than a patch.
 CALLS['patches'] = Case((8, 2), (9, 10), (2, 3), padding=(1, 1))
+# For each form of the fused kernels: several tiles of positions and of channels, offset groups, a step alone.
+FUSED = {
+    '64 channels': Case((256, 64), (9, 10), (3, 2), padding=(1, 1), offset_groups=2),
+    'thrice 64 channels': Case((64, 192), (9, 8), (2, 3), (2, 1), (1, 2), (1, 2), bias=False),
+    '128 channels': Case((64, 128), (10, 11), (3, 3), padding=(1, 1)),
+    '256 channels': Case((128, 256), (9, 8), (1, 3), padding=(0, 1), mask=False),
+    'one step': Case((64, 64), (3, 4), (1, 1), batch=1),
+}
 ROI_CASES = roi_pool.CASES | roi_pool.LARGE
-STEMS = ('deform_conv2d', 'deform_conv2d_fused', 'deform_roi_pool', 'nms')
+STEMS = ('deform_conv2d', 'deform_conv2d_fused', 'deform_conv2d_fused_sm90a', 'deform_roi_pool', 'nms')
 # Of input, offset and weight; one without a mask has no other gradient in the last row.
 NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 @pytest.fixture(scope='module')
-def host(tmp_path_factory: pytest.TempPathFactory) -> object:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compile the CUDA source into operators of the CPU, with tiles of few positions."""
     compiler = shutil.which('g++')
     if compiler is None:
@@ -71,6 +81,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> object:
         check=True,
     )
     torch.ops.load_library(library)
+    return library
+
+
+@pytest.fixture
+def host(library: Path) -> object:
     return torch.ops.mmdcn_host
 
 
@@ -158,6 +173,34 @@ def test_deform_conv2d_reads_no_unaligned_vector(host: object, dtype: torch.dtyp
     )
     for actual, expected in zip(*gradients, strict=True):
         _compare((actual.contiguous(), expected.contiguous()), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', FUSED)
+def test_deform_conv2d_on_tensor_cores_equals_the_cpu(
+    host: object,
+    library: Path,
+    name: str,
+    dtype: torch.dtype,
+    capability: int,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv('MMDCN_HOST_CAPABILITY', f'{capability}')
+    monkeypatch.setenv('MMDCN_HOST_SEED', f'{seed}')
+    case = FUSED[name]
+    call = case.draw(dtype)
+    call.offset[0, 0, 0, 0], call.offset[0, -1, -1, -1], call.input[0, 3, 1, 2] = torch.inf, torch.nan, torch.nan
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+    arguments = (call.input, call.offset, call.mask, call.weight, call.bias, *geometry)
+    launches = ctypes.c_uint32.in_dll(ctypes.CDLL(library), 'mmdcn_host_launches')
+    before = launches.value
+    actual, expected = (ops.deform_conv2d(*arguments) for ops in (host, torch.ops.mmdcn))
+    assert launches.value > before
+    assert 0 < expected.isnan().sum() < expected.numel()
+    _compare((actual, expected), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])

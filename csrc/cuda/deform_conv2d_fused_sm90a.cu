@@ -8,6 +8,11 @@
 namespace mmdcn {
 namespace {
 
+// The descriptor of rows of 128 bytes in shared memory, 8 rows to a 1024-byte swizzled block.
+__device__ __forceinline__ uint64_t swizzled_rows(uint32_t address) {
+  return uint64_t{address >> 4 & 0x3fff} | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
 template <typename T, int kGroups, int kBlockColumns, int kStages, int kBlocks>
 struct Wgmma {
   using scalar_t = T;

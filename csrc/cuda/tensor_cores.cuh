@@ -158,11 +158,6 @@ __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.syn
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// The descriptor of rows of 128 bytes in shared memory, 8 rows to a 1024-byte swizzled block.
-__device__ __forceinline__ uint64_t swizzled_rows(uint32_t address) {
-  return uint64_t{address >> 4 & 0x3fff} | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
 // sum[64, kColumns] += a[64, 16] x b[16, kColumns]; a in registers, b by its descriptor.
 template <typename scalar_t, int kColumns>
 __device__ void multiply(float (&sum)[kColumns / 2], const uint32_t* a, uint64_t b);
