@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Instructions that CUDA C++ has no name for: the products of tensor cores, and the copies and barriers that feed them
 // (PTX ISA, "Warp Level Matrix Multiply-Accumulate" and "Asynchronous Warpgroup Level Matrix Multiply-Accumulate").
-// Addresses of shared memory are 32-bit numbers here, as these instructions take them.
+// Addresses of shared memory are 32-bit numbers here, as these instructions take them. tests/cuda_host has a twin of
+// this file, which emulates them.
 #pragma once
 
 #include <cuda_bf16.h>

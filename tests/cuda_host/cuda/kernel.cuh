@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// For kernels that are written in CUDA's own names: their launch, and what their threads find.
+// For kernels that are written in CUDA's own names: their launch, and what their threads find. Kernels that are
+// launched from several threads of the host at a time are more than this can do.
 #pragma once
 
 #include <math.h>
@@ -8,8 +9,6 @@
 #include <cstring>
 #include <functional>
 #include <map>
-#include <new>
-#include <stdexcept>
 #include <vector>
 
 #include "fibers.h"
@@ -95,19 +94,19 @@ inline unsigned char* dynamic_shared() { return kernel_block.shared; }
 template <typename... Arguments>
 void launch_kernel(void (*kernel)(Arguments...), int64_t blocks, int32_t threads, int32_t shared_bytes, int32_t device,
                    const Arguments&... arguments) {
-  constexpr std::align_val_t kAlignment{1024};
-  const auto release = [&](unsigned char* memory) { operator delete[](memory, kAlignment); };
-  const std::unique_ptr<unsigned char[], decltype(release)> shared(new (kAlignment) unsigned char[shared_bytes],
-                                                                   release);
+  struct alignas(1024) Kibibyte {
+    unsigned char bytes[1024];
+  };
+  std::vector<Kibibyte> memory(shared_bytes / sizeof(Kibibyte) + 1);
+  unsigned char* const shared = memory.data()->bytes;
   ++mmdcn_host_launches;
   gridDim.x = blocks;
   run_blocks(
       blocks, kWarp, threads / kWarp,
       [&](uint32_t block, Fibers& fibers) {
-        std::memset(shared.get(), 0xff, shared_bytes);
+        std::memset(shared, 0xff, shared_bytes);
         blockIdx.x = block;
-        kernel_block = {&fibers, shared.get(), shared_bytes, host_seed() / 2 % 2 == 0,
-                        std::vector<Unfinished>(threads)};
+        kernel_block = {&fibers, shared, shared_bytes, host_seed() / 2 % 2 == 0, std::vector<Unfinished>(threads)};
       },
       [&](uint32_t, const Threads&) { kernel(arguments...); });
 }

@@ -127,7 +127,7 @@ inline void init_barrier(uint32_t barrier, int32_t arrivals) {
   kernel_block.barriers[barrier] = {arrivals, arrivals};
 }
 
-inline void fence_barriers() {}
+inline void fence_barriers() {}  // what one thread writes here, all see at once
 
 inline void complete(Barrier& barrier, int32_t arrivals, int32_t bytes) {
   barrier.missing -= arrivals, barrier.bytes -= bytes;
