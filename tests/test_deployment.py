@@ -2,10 +2,11 @@
 """Exported detectors detect what mmdet's own code does."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import mmdcn
 from mmdcn import deployment
+from mmdcn.utils.files import replacing
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py'
@@ -291,6 +293,33 @@ def test_the_tools_export_a_checkpoint_and_compare_its_average_precision(tmp_pat
     assert precision > 0.4
     assert exported_precision == pytest.approx(precision, abs=0.001)
     assert int(rows['of them not within 0.0001 of one of the other'][1]) == 0
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Let every write fail after 10 kB of a file, as on a disk that is nearly full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures('full_disk')
+def test_a_failed_export_leaves_the_older_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / 'detector.onnx'
+    path.write_bytes(b'older')
+    with pytest.raises(OSError, match='File too large'):
+        deployment.export_onnx(detector(one_stage_config('FCOSHead')), path, {}, size=(64, 96))
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == {path: b'older'}
+
+
+def test_weights_that_onnx_keeps_in_a_file_of_their_own_move_with_the_model(tmp_path: Path) -> None:
+    program = torch.onnx.export(nn.Linear(40, 30), (torch.ones(1, 40),), dynamo=True, verbose=False)
+    with replacing(tmp_path / 'new' / 'linear.onnx') as beside:
+        program.save(beside, external_data=True)
+    assert {path.name for path in (tmp_path / 'new').iterdir()} == {'linear.onnx', 'linear.onnx.data'}
+    model = onnx.load(tmp_path / 'new' / 'linear.onnx')
+    assert {each.dims[-1] for each in model.graph.initializer} == {30, 40}
 
 
 @pytest.mark.parametrize('tool', ['export_onnx.py', 'export_aoti.py'])

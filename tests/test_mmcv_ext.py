@@ -121,6 +121,9 @@ def test_roi_align_and_its_gradient_are_those_of_mmcv(
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda m, name=name: f'{name}: {m}')
 
 
+MAP_CHANNELS = dict(offset=36, mask=18)
+
+
 def draw_convolution() -> dict[str, Tensor]:
     return dict(
         input=randn(2, 6, 9, 8), weight=randn(4, 3, 3, 2), offset=randn(2, 36, 5, 10), mask=randn(2, 18, 5, 10),
@@ -177,6 +180,19 @@ def test_modulated_deform_conv_and_its_gradients_are_those_of_mmcv(with_bias: bo
     results = (modulated_deform_conv(module, tensors, with_bias) for module in (mmcv_ext, compiled()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_first_values_of_finer_maps_are_used_in_any_memory_format(memory_format: torch.memory_format) -> None:
+    finer = draw_convolution() | dict(offset=randn(2, 36, 7, 11), mask=randn(2, 18, 7, 11))
+    first = finer | {name: finer[name].flatten(1)[:, : c * 50].view(2, c, 5, 10) for name, c in MAP_CHANNELS.items()}
+    expected = modulated_deform_conv(mmcv_ext, first, with_bias=True)
+    expected[4:] = [F.pad(gradient.flatten(1), (0, 27 * gradient.shape[1])) for gradient in expected[4:]]
+    arranged = {name: finer[name].contiguous(memory_format=memory_format) for name in MAP_CHANNELS}
+    results = modulated_deform_conv(mmcv_ext, finer | arranged, with_bias=True)
+    results[4:] = [gradient.flatten(1) for gradient in results[4:]]
+    for actual, same in zip(results, expected, strict=True):
+        torch.testing.assert_close(actual, same)
 
 
 @mmcv_ops

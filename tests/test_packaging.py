@@ -147,6 +147,16 @@ def test_every_config_and_tool_travels_in_the_wheel_and_every_checkpoint_in_that
 
 
 @checkout
+def test_every_distribution_has_the_version_of_mmdcn() -> None:
+    projects = [ROOT / 'pyproject.toml', *ROOT.glob('packages/*/pyproject.toml')]
+    assert len(projects) == 3
+    for project in projects:
+        command = [sys.executable, '-c', 'from setuptools import setup; setup()', '--version']
+        result = subprocess.run(command, cwd=project.parent, capture_output=True, text=True, check=True)
+        assert result.stdout.split()[-1] == mmdcn.__version__, project
+
+
+@checkout
 def test_what_travels_in_an_sdist_builds_and_needs_no_checkout(tmp_path: Path) -> None:
     command = ['setup.py', '--quiet', 'egg_info', '--egg-base', tmp_path, 'sdist', '--dist-dir', tmp_path]
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)

@@ -9,11 +9,11 @@
 //           |    (y,x)   |       d value/dy = (1-fx) (v[2] - v[0]) + fx (v[3] - v[1])
 //   top+1  v[2] ------ v[3]      d value/dx = (1-fy) (v[1] - v[0]) + fy (v[3] - v[2])
 //
-// A corner outside the image counts as zero, and so does the whole sample unless -1 < y < height and
-// -1 < x < width. The value is continuous; its derivative jumps where y or x is an integer. There it is the
-// right-hand one (the cell begins at floor), except at y = -1 or x = -1, where the sample is outside and has none.
+// A corner outside the image is zero. The whole sample is zero unless -1 < y < height and -1 < x < width. The value
+// is continuous; its derivative jumps where y or x is an integer. There it is the right-hand derivative (the cell
+// begins at floor), except at y = -1 or x = -1, where the sample is outside and its derivative is zero.
 //
-// An infinite or huge coordinate is simply outside. A NaN gives NaN fractions, and so a NaN sample, but no address.
+// An infinite or huge coordinate is outside. A NaN gives NaN fractions, and so a NaN sample, but never an address.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -25,7 +25,7 @@ namespace mmdcn {
 
 constexpr int64_t kOutside = -1;
 
-// Where in its cell a point lies.
+// The position of a point in its cell.
 template <typename T>
 struct Fractions {
   T fy, fx;  // in [0, 1), or NaN
@@ -47,10 +47,10 @@ struct Fractions {
   }
 };
 
-// The cell of a point, and which of its rows and columns are those of an image.
+// The cell of a point, and which of its rows and columns are inside the image.
 template <typename T, typename Index>
 struct Cell : Fractions<T> {
-  bool inside;  // else there are the fractions alone
+  bool inside;  // if false, only the fractions are set
   Index top, left;
   bool has_top, has_bottom, has_left, has_right;
 };
@@ -58,7 +58,7 @@ struct Cell : Fractions<T> {
 template <typename T, typename Index>
 C10_HOST_DEVICE Cell<T, Index> cell_of(Index height, Index width, T y, T x) {
   const bool inside = y > -1 && y < static_cast<T>(height) && x > -1 && x < static_cast<T>(width);
-  if (!inside) {  // so that no huge or NaN coordinate is ever converted to an integer
+  if (!inside) {  // a huge or NaN coordinate must not be converted to an integer
     const T fraction = (std::isnan(y) || std::isnan(x)) ? static_cast<T>(NAN) : static_cast<T>(0);
     return {{fraction, fraction}, false, 0, 0, false, false, false, false};
   }
@@ -70,7 +70,7 @@ C10_HOST_DEVICE Cell<T, Index> cell_of(Index height, Index width, T y, T x) {
 // The four corners around a point, in the order of the note.
 template <typename T>
 struct BilinearCell : Fractions<T> {
-  int64_t pixel[4];  // y * width + x of the corner, or kOutside
+  int64_t pixel[4];  // y * width + x of each corner, or kOutside
 };
 
 template <typename T>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What keeps an operator from reading outside a tensor, whoever calls it. The messages a user normally sees come
-// from the checks in mmdcn/ops, which run first.
+// Checks that keep an operator from reading outside a tensor, whoever calls it. When one fails, mmdcn/ops explains the
+// error in the terms of its Python arguments.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -49,7 +49,7 @@ inline void check_same_type(const torch::stable::Tensor& tensor, const char* nam
                   toString(tensor.scalar_type()));
 }
 
-// The type of places in an image: that of the image, or, since narrower types cannot count many pixels, float32.
+// Coordinates have the image's type, or float32, since narrower types cannot count many pixels.
 inline void check_place_type(const torch::stable::Tensor& tensor, const char* name,
                              const torch::stable::Tensor& input) {
   using torch::headeronly::ScalarType;
@@ -58,7 +58,7 @@ inline void check_place_type(const torch::stable::Tensor& tensor, const char* na
   if (!wider) check_same_type(tensor, name, input.scalar_type());
 }
 
-// So that no sum or product of them leaves 64 bits.
+// Keeps sums and products of these values within 64 bits.
 inline void check_below_2_31(const std::vector<int64_t>& values, const char* name) {
   for (const int64_t value : values) {
     STD_TORCH_CHECK(value <= INT32_MAX, name, " must be less than 2^31, got ", to_string(values));

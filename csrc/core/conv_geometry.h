@@ -7,7 +7,7 @@
 
 namespace mmdcn {
 
-// Every size of one deformable convolution. K = kernel_height * kernel_width taps, row-major.
+// All sizes of a deformable convolution. K = kernel_height * kernel_width taps, row-major.
 struct ConvGeometry {
   int64_t batch, in_channels, height, width;
   int64_t out_channels, out_height, out_width;

@@ -12,12 +12,12 @@ namespace mmdcn {
 
 using torch::headeronly::ScalarType;
 
-// The type to compute in: double for double, float for all that is narrower.
+// The compute type: double for double, float for everything narrower.
 inline ScalarType compute_type(ScalarType storage) {
   return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Its C++ type, from that of the storage.
+// The C++ compute type of a C++ storage type.
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
@@ -31,7 +31,7 @@ void dispatch_compute(ScalarType type, const Body& body) {
   }
 }
 
-// The same, for bfloat16 as well.
+// The same, and bfloat16 as well.
 template <typename Body>
 void dispatch_product(ScalarType type, const Body& body) {
   if (type == ScalarType::BFloat16) return body(torch::headeronly::BFloat16{});

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The name of the library of operators, and of the devices that have kernels. tests/cuda_host has a twin of this file,
-// by which the kernels of CUDA become operators of the CPU in a library of their own.
+// The name of the operator library, and the devices that have kernels. tests/cuda_host replaces this file to register
+// the CUDA kernels as CPU operators in a separate library.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

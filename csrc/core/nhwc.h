@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Images [B, C, H, W] of any strides and type, seen as NHWC rows in the type that kernels compute in. A tensor that
-// is so already is used in place.
+// Images [B, C, H, W] of any strides and type as NHWC rows in the compute type. A tensor that already has this layout
+// is used in place.
 #pragma once
 
 #include <optional>
@@ -25,7 +25,7 @@ inline Tensor nhwc_view(const Tensor& images, int64_t first, int64_t count) {
   return permute(slice(images, 0, first, count), {0, 2, 3, 1});
 }
 
-// The stride from pixel to pixel, if it is the same over rows and images and the channels are adjacent.
+// The stride between pixels, if it is the same across rows and images and the channels are adjacent.
 inline std::optional<int64_t> uniform_pixel_stride(const Tensor& nhwc) {
   std::optional<int64_t> pixel_stride;
   int64_t pixels = 1;

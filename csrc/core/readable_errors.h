@@ -5,13 +5,13 @@
 #include <stdexcept>
 #include <string>
 
-// The text of the last error of a torch function on this thread. torch has it from 2.13 on; before, it is null.
+// The text of the last error of a torch function on this thread. Null before torch 2.13, which introduced it.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace mmdcn {
 
-// Calls body, whose errors then have torch's own words. At the ABI of torch 2.10 a torch function that fails, out
-// of memory say, tells no more than where it was called.
+// Calls body and adds torch's own message to its errors. Through the ABI of torch 2.10, a torch function that fails,
+// for example out of memory, reports only where it was called.
 template <typename Body>
 auto with_readable_errors(const Body& body) {
   try {
@@ -24,7 +24,7 @@ auto with_readable_errors(const Body& body) {
   }
 }
 
-// An operator that is called so.
+// Wraps an operator in with_readable_errors.
 template <auto kOperator>
 struct Readable;
 

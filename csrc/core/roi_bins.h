@@ -2,22 +2,23 @@
 // Note: [Deformable RoI pooling]
 //
 // A region of interest is divided into P = out_height * out_width bins. A bin is the mean of samples on a regular
-// grid, which an offset of the bin's own moves. A sample (y, x) is bilinear in RoIAlign's way: it is zero unless
-// -1 <= y <= height and -1 <= x <= width, and a place beyond the first or last pixel counts as that pixel.
+// grid, which the bin's offset moves. A sample (y, x) is bilinear as in RoIAlign: it is zero unless
+// -1 <= y <= height and -1 <= x <= width, and a coordinate beyond the first or last pixel is clamped to that pixel.
 //
-// Each of that is a factor of y times a factor of x, and so is their mean over the grid:
+// Each weight is a factor of y times a factor of x, and so is the mean over the grid:
 //
 //   bin = sum over rows and columns of  weight_y(row) * weight_x(column) * image[row, column]
 //
-// with weight_y(row) the mean over the grid's y of max(0, 1 - |y - row|). A bin thus costs as much as it has pixels,
-// not four times its samples, and no region, however large, costs more than the image. Samples are an arithmetic
-// progression, so those with row - 1 <= y < row, which rise towards the row, have a sum in closed form, and so have
-// those with row <= y < row + 1, which fall:
+// where weight_y(row) is the mean over the grid's y of max(0, 1 - |y - row|). So the cost of a bin is its number of
+// pixels, not four times its number of samples, and no region costs more than the image. The samples form an
+// arithmetic progression. Those with row - 1 <= y < row, whose weights rise towards the row, have a sum in closed form,
+// and so do those with row <= y < row + 1, whose weights fall:
 //
 //   samples i .. j-1 rise:  (j - i) * (1 - (row - mean)),  mean = first + step * (i + j - 1) / 2
 //
-// An offset moves all samples of the bin at once, so d bin / d y has slope_y(row) in the place of weight_y(row): the
-// rising samples less the falling ones, over their number. At an integer place that is the derivative to the right.
+// An offset moves all samples of the bin together, so d bin / d y has slope_y(row) instead of weight_y(row): the number
+// of rising samples minus the number of falling ones, divided by the number of samples. At an integer coordinate this
+// is the right-hand derivative.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -27,13 +28,13 @@
 
 namespace mmdcn {
 
-// Every size of one pooling.
+// All sizes of a pooling.
 struct RoIGeometry {
   int64_t batch, channels, height, width;
   int64_t rois, out_height, out_width;
   double spatial_scale, gamma;
-  int64_t sampling_ratio;  // samples of a bin along each axis; 0: as many as it has pixels, rounded up
-  bool aligned;  // else the middle of the first pixel is at 0, not at 0.5, and a region has a pixel at the least
+  int64_t sampling_ratio;  // samples of a bin along each axis; 0: its length in pixels, rounded up
+  bool aligned;  // if false, the centre of the first pixel is at 0 instead of 0.5, and a region has at least one pixel
 
   C10_HOST_DEVICE int64_t bins() const { return out_height * out_width; }
 };
@@ -45,17 +46,17 @@ struct AxisWeight {
   C10_HOST_DEVICE bool is_zero() const { return (weight == 0) & (slope == 0); }  // without a branch
 };
 
-// The samples of a bin along one axis: first + i * step, for i from 0 to count - 1. Any of them may be out of the
+// The samples of a bin along one axis: first + i * step, for i from 0 to count - 1. Any of them may be outside the
 // image.
 template <typename T>
 struct AxisSamples {
   T first, step;  // step >= 0
-  T density;      // 1 / step; 0 if they are all at one place
-  T count;        // a whole number, too large for an integer perhaps
-  T share;        // of a sample in the mean
+  T density;      // 1 / step; 0 if all samples coincide
+  T count;        // a whole number, possibly too large for an integer type
+  T share;        // weight of a sample in the mean
   int32_t size;   // of the image
 
-  // The pixels that may have a weight are begin() .. end() - 1.
+  // Only the pixels begin() .. end() - 1 can have a nonzero weight.
   C10_HOST_DEVICE int32_t begin() const { return pixel(std::floor(first)); }
   C10_HOST_DEVICE int32_t end() const { return pixel(std::floor(first + step * (count - 1)) + 1) + 1; }
 
@@ -76,7 +77,7 @@ struct AxisSamples {
     return static_cast<int32_t>(within(place, 0, static_cast<T>(size - 1)));
   }
 
-  // How many samples are below a place; and how many are not above it.
+  // The number of samples below a coordinate, and the number at or below it.
   C10_HOST_DEVICE T below(T place) const {
     if (density == 0) return first < place ? count : 0;
     return within(std::ceil((place - first) * density), 0, count);
@@ -107,9 +108,9 @@ C10_HOST_DEVICE AxisSamples<T> axis_samples(T start, T length, int64_t bins, int
 
 template <typename T>
 struct Bin {
-  int64_t image;  // kNoImage if the region names one that is not there
+  int64_t image;  // kNoImage if the region's image index is out of range
   AxisSamples<T> y, x;
-  T shift_y, shift_x;  // by how many pixels an offset of 1 moves the samples
+  T shift_y, shift_x;  // pixels by which an offset of 1 moves the samples
 
   C10_HOST_DEVICE bool is_nan() const { return image < 0 || y.is_nan() || x.is_nan(); }
 };
@@ -119,7 +120,7 @@ constexpr int64_t kNoImage = -1;
 // Bin `index` = out_y * out_width + out_x of a region.
 template <typename T>
 C10_HOST_DEVICE Bin<T> bin_of(const RoIGeometry& g, const T* rois, const T* offset, int64_t roi, int64_t index) {
-  const T* region = rois + 5 * roi;  // image, x and y of the first corner, x and y of the other
+  const T* region = rois + 5 * roi;  // image, x1, y1, x2, y2
   const T scale = static_cast<T>(g.spatial_scale), gamma = static_cast<T>(g.gamma);
   const T half = static_cast<T>(g.aligned ? 0.5 : 0);
   const T start_x = region[1] * scale - half, start_y = region[2] * scale - half;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few torch operators that torch::stable has no function for, and names for tensors seen as matrices.
+// The torch operators for which torch::stable has no function, and helpers for tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,8 +15,8 @@ namespace mmdcn {
 
 using torch::stable::Tensor;
 
-// The dispatcher reads as many arguments as the operator has, however many there are. torch sees to those of its native
-// operators (aten) when a later version has more; of any other the schema has to be compared first.
+// The dispatcher reads as many arguments as the operator's schema has, whatever is passed. For native operators (aten)
+// torch handles a later version with more arguments; for all others, compare the schema first.
 template <typename... Args>
 Tensor call_torch(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
@@ -41,8 +41,8 @@ inline Tensor slice(Tensor self, int64_t dim, int64_t start, int64_t length) {
   return torch::stable::narrow(self, dim, start, length);
 }
 
-// The tensor in a type, without its history: a worker thread is not below autograd, as the thread that calls an
-// operator is, and torch would refuse to write results of a tensor that requires a gradient to `out`.
+// Converts a tensor and detaches it. Worker threads do not run below autograd as the calling thread does, and there
+// torch refuses to write results of a tensor that requires a gradient to `out`.
 inline Tensor values_as(const Tensor& self, torch::headeronly::ScalarType type) {
   return torch::stable::to(call_torch("aten::detach", "", self), type);
 }
@@ -51,14 +51,14 @@ inline Tensor empty_matrix(const Tensor& like, torch::headeronly::ScalarType typ
   return torch::stable::empty({rows, columns}, type, std::nullopt, like.device());
 }
 
-// The memory format that suits a [B, C, H, W] tensor's strides: channels last if the channels lie next to each
-// other and the pixels do not. mmdcn.ops._fake.memory_format is its twin.
+// The memory format that matches a [B, C, H, W] tensor's strides: channels last if the channels are adjacent and the
+// pixels are not. mmdcn.ops._fake.memory_format must give the same.
 inline torch::headeronly::MemoryFormat memory_format(const Tensor& images) {
   const bool channels_last = images.size(1) > 1 && images.stride(1) == 1 && images.stride(3) >= images.size(1);
   return channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
 }
 
-// A gradient of a tensor; one that is not needed has no elements.
+// Allocates the gradient of a tensor; a gradient that is not needed has no elements.
 inline Tensor empty_gradient(bool needed, const Tensor& tensor, torch::headeronly::ScalarType type,
                              torch::headeronly::MemoryFormat format = torch::headeronly::MemoryFormat::Contiguous) {
   if (!needed) return torch::stable::empty({0}, type, std::nullopt, tensor.device());

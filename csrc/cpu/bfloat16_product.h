@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products in bfloat16 whose sums are and stay float32, on raw memory: oneDNN's, as torch's own attention uses them.
+// Products in bfloat16 with float32 sums, on raw memory: those of oneDNN that torch's own attention uses.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <exception>
 
-// They are not in torch's stable ABI. Where a torch lacks them with these very arguments, their addresses are null.
+// These are not part of torch's stable ABI. If torch has no functions with exactly these arguments, they are null.
 namespace at::native::cpublas {
 __attribute__((weak)) void brgemm(int64_t rows, int64_t columns, int64_t depth, int64_t left_stride,
                                   int64_t right_stride, int64_t result_stride, bool accumulates,
@@ -20,21 +20,20 @@ namespace mmdcn {
 
 using torch::headeronly::BFloat16;
 
-// oneDNN compiles a kernel for each size that it meets, so that numbers of positions are rounded up to multiples of
-// this.
+// oneDNN compiles a kernel for each new size, so the number of positions is rounded up to a multiple of this.
 constexpr int64_t kBFloat16Positions = 32;
 
-// Two numbers of a column, in rows 2i and 2i + 1: the order in which the processor multiplies them.
+// Rows 2i and 2i + 1 of a column: the processor multiplies them as a pair.
 using BFloat16Pair = uint32_t;
 
 inline BFloat16Pair bfloat16_pair(BFloat16 even, BFloat16 odd) { return even.x | static_cast<uint32_t>(odd.x) << 16; }
 
-// result [rows, columns] = or += left [rows, depth] x right [depth, columns], which is in pairs [depth / 2, columns].
+// result [rows, columns] = or += left [rows, depth] x right [depth, columns], stored as pairs [depth / 2, columns].
 struct BFloat16Product {
   int64_t rows, columns, depth;
   const BFloat16* left;
   int64_t left_stride;
-  const BFloat16Pair* right;  // rows lie `columns` apart, as those of the result
+  const BFloat16Pair* right;  // row stride `columns`, like the result's
   float* result;
   bool accumulates;
 };
@@ -44,10 +43,10 @@ inline void multiply(const BFloat16Product& p) {
                               reinterpret_cast<const BFloat16*>(p.right), p.result, /*right_in_pairs=*/true);
 }
 
-// To be called by each thread after its last product: some processors keep a state for them.
+// Each thread must call this after its last product: some processors keep state for them.
 inline void release_bfloat16_product() { at::native::cpublas::brgemm_release(/*right_in_pairs=*/true); }
 
-// Whether this torch has such products, on this processor and as its oneDNN is switched on or off.
+// Whether torch has these products, on this processor and with oneDNN switched on.
 inline bool has_bfloat16_product() {
   const auto multiplies = [] {
     if (!at::native::cpublas::brgemm || !at::native::cpublas::brgemm_release) return false;
@@ -62,7 +61,7 @@ inline bool has_bfloat16_product() {
       return false;
     }
   };
-  static const bool at_first = multiplies();  // a refusal takes its time
+  static const bool at_first = multiplies();  // a failing attempt is slow, so it is made once
   return at_first && multiplies();
 }
 

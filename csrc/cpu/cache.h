@@ -8,7 +8,7 @@
 
 namespace mmdcn {
 
-// Bytes of the cache that a core has to itself; of a processor that does not tell, what most have.
+// Bytes of a core's private cache; a common size if the processor does not report it.
 inline int64_t core_cache_bytes() {
   static const int64_t bytes = [] {
     const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);

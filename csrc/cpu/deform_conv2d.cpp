@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 // Note: [Deformable convolution on the CPU]
 //
-// A deformable convolution is a plan (where each tap of each output position samples), a sampling into columns and
-// a matrix product with the weight. All of it works on NHWC rows, so that one sample is four contiguous vector
-// loads, and on tiles of positions, so that the columns stay in cache and the workspace does not grow with the
-// image or the batch. Positions are numbered over a batch: (b * H_out + out_y) * W_out + out_x.
+// A deformable convolution is a plan (where each tap of each output position samples), a sampling into columns and a
+// matrix product with the weight. It works on NHWC rows, so a sample is four contiguous vector loads. It works on tiles
+// of positions, so the columns stay in cache and the workspace does not grow with the image or the batch. Positions are
+// numbered over the batch: (b * H_out + out_y) * W_out + out_x.
 //
-// Forward: the threads share the tiles.
+// Forward: the threads share the positions.
 //
-// Backward: chunk by chunk of positions, the threads share the blocks of channels. A block owns its channels of
-// grad_input and of grad_weight, and leaves its share of grad_offset and grad_mask to be added up in the order of
-// the blocks. So no two threads write one address.
+// Backward: for each chunk of positions, the threads share the blocks of channels. A block owns its channels of
+// grad_input and grad_weight, and stores its contribution to grad_offset and grad_mask. The contributions are then
+// summed in the order of the blocks. So no two threads write the same address.
 //
-// A number of a product is one chain of additions (matrix_product.h), and what sums are made of (some taps of all
-// channels, the positions of a tile of the backward, the blocks) does not depend on the number of threads. So neither
-// do the bits of the result.
+// Each element of a product is one chain of additions (matrix_product.h). How the sums are split (into some taps of all
+// channels, tiles of positions in the backward, and blocks) does not depend on the number of threads, so the bits of
+// the result do not either.
 //
 // Images that are not NHWC in the right type are copied (bounded_copies.h). If one image is too large for that, the
-// products of some of its channels are added to those of the channels before.
+// products of some channels at a time are accumulated.
 //
-// Types: T, float32 or float64, is that of the samples' sums. scalar_t is the type of the images' rows, the columns and
-// the products: bfloat16 where the processor multiplies in it (with float32 sums) and there is one group, else T.
+// Types: T, float32 or float64, is the type of the sums. scalar_t is the type of the images' rows, the columns and the
+// products: bfloat16 if the processor multiplies in it (with float32 sums) and there is one group, else T.
 //
-// deform_conv2d_plan.h says where the samples lie, deform_conv2d_sampling.h what is done with one of them,
+// deform_conv2d_plan.h locates the samples, deform_conv2d_sampling.h computes one sample and its gradients, and
 // deform_conv2d_forward.h and deform_conv2d_backward.h are the two algorithms. The products are those of
-// matrix_product.h, or, in bfloat16, of linear.h.
+// matrix_product.h or, in bfloat16, of linear.h in the forward and bfloat16_product.h in the backward.
 #include "../ops/deform_conv2d.h"
 
 #include <algorithm>
@@ -39,7 +39,7 @@
 namespace mmdcn {
 namespace {
 
-// How many images, or how many channels of one image, are worked on at one time.
+// The number of images, or of channels of one image, to process at a time.
 struct ImageBatch {
   int64_t images, channels;
 };
@@ -52,7 +52,7 @@ ImageBatch image_batch(const ConvGeometry& g, bool copies, bool may_split, int64
   return {std::clamp<int64_t>(kCopyBytes / image_bytes, 1, std::max<int64_t>(g.batch, 1)), g.in_channels};
 }
 
-// What is faster on this processor: the type itself, or the one that is computed in.
+// The faster type for products on this processor: the storage type or the compute type.
 ScalarType multiply_type(ScalarType storage, const ConvGeometry& g) {
   return storage == ScalarType::BFloat16 && g.groups == 1 && Linear::is_available() ? storage : compute_type(storage);
 }
@@ -66,7 +66,7 @@ Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& 
     using scalar_t = decltype(zero);
     using T = compute_t<scalar_t>;
     const bool copies = !is_nhwc_rows(input, product_type) || offset.scalar_type() != type;
-    const bool may_split = input.scalar_type() == type;  // else the sum over the passes would be rounded after each
+    const bool may_split = input.scalar_type() == type;  // else the sum would be rounded after each pass
     const ImageBatch step = image_batch(g, copies, may_split, sizeof(scalar_t));
     for (int64_t begin = 0; begin < g.in_channels; begin += step.channels) {
       const ChannelRange channels{begin, std::min(begin + step.channels, g.in_channels)};
@@ -82,7 +82,7 @@ Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& 
   return output;
 }
 
-// The sums are made in an order that never changes, so that `deterministic` asks for nothing more.
+// The order of the sums is fixed, so `deterministic` changes nothing.
 DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const Tensor& grad_output,
                                              const std::vector<bool>& output_mask, bool /*deterministic*/) {
   const auto& [g, input, offset, mask, weight, allow_tf32] = call;

@@ -20,17 +20,17 @@ namespace mmdcn {
 
 constexpr int64_t kMaxBackwardTilePositions = 128;
 constexpr int64_t kMaxChunkPositions = 2048;
-constexpr int64_t kChunkBytes = 16 << 20;  // of a chunk's samples and their gradients, which the threads share
+constexpr int64_t kChunkBytes = 16 << 20;  // limit of a chunk's samples and their gradients, which all threads share
 
-// A chunk of grad_output. In bfloat16 the positions are rounded up, and those beyond are zero.
+// A chunk of grad_output. In bfloat16 the number of positions is rounded up; the extra positions are zero.
 template <typename scalar_t>
 struct ChunkGradient {
   const scalar_t* rows;        // [positions, C_out]
-  const scalar_t* transposed;  // [C_out, transposed_stride]; in bfloat16 alone
+  const scalar_t* transposed;  // [C_out, transposed_stride]; only in bfloat16
   int64_t transposed_stride;
 };
 
-// scalar_t is the type of the products: with bfloat16 the weight must have one group.
+// scalar_t is the type of the products; in bfloat16 the weight must have one group.
 template <typename scalar_t>
 class ConvBackward {
   using T = compute_t<scalar_t>;
@@ -56,9 +56,8 @@ class ConvBackward {
     }
   }
 
-  // Adds to grad_rows and to the gradient of the weight, and fills, or adds to, grad_offset [N, 2*G*K, H_out, W_out]
-  // and grad_mask [N, G*K, H_out, W_out] (contiguous; null where not needed), from grad_output [N, C_out, H_out,
-  // W_out].
+  // From grad_output [N, C_out, H_out, W_out], adds to grad_rows and to the gradient of the weight, and writes or adds
+  // to grad_offset [N, 2*G*K, H_out, W_out] and grad_mask [N, G*K, H_out, W_out] (contiguous; null if not needed).
   void run(const SamplePlan<T>& plan, const Rows<scalar_t>& rows, const Rows<T>& grad_rows, const Tensor& grad_output,
            T* grad_offset, T* grad_mask) {
     const int64_t positions = grad_output.size(0) * g_.positions();
@@ -96,21 +95,21 @@ class ConvBackward {
  private:
   static constexpr bool kInBFloat16 = !std::is_same_v<scalar_t, T>;
   static constexpr int64_t kPositionGrain = 64;
-  static constexpr int64_t kBackwardSampleWork = 24;  // of a column's number, in multiplications of the product
+  static constexpr int64_t kBackwardSampleWork = 24;  // cost of one element of a column, in multiplications
 
-  // Where the gradient of a sample's columns is, and in bfloat16 where the columns themselves go.
+  // Where the gradient of a sample's columns is stored, and in bfloat16 where the columns are written.
   struct SampleColumn {
     T* gradient;
     BFloat16Pair* pair;
     bool is_odd;
   };
 
-  // What some channels give to the gradients of a sample's place and mask.
+  // The contribution of some channels to the gradients of a sample's coordinates and mask.
   struct SampleGradient {
     T y, x, mask;
   };
 
-  // All the blocks' channels, split by offset groups.
+  // The channels of all blocks, split by offset groups.
   int64_t ranges() const { return blocks_.back().first_range + std::ssize(blocks_.back().offset_groups); }
 
   int64_t chunk_positions() const {
@@ -204,7 +203,7 @@ class ConvBackward {
     }
   }
 
-  // Uses the gradient of a column, then puts the column itself in its place, or in that of a pair.
+  // Uses the gradient of a column, then overwrites it with the column itself; in bfloat16 it writes the column's pair.
   template <typename Count>
   void run_sample(Count channels, const PlannedSample<T>& sample, int64_t first_channel, const Rows<scalar_t>& rows,
                   const Rows<T>& grad_rows, const SampleColumn& target, SampleGradient* gradient) const {
@@ -230,7 +229,7 @@ class ConvBackward {
                  weight[0] * dot[0] + weight[1] * dot[1] + weight[2] * dot[2] + weight[3] * dot[3]};
   }
 
-  // Adds up what the blocks gave to the samples of the chunk's positions, in the order of the blocks.
+  // Sums the blocks' contributions to the samples of the chunk's positions, in the order of the blocks.
   void add_block_gradients(int64_t first, int64_t count, T* grad_offset, T* grad_mask) const {
     const int64_t first_group = channels_.begin / g_.offset_group_channels();
     const int64_t groups = (channels_.end - 1) / g_.offset_group_channels() + 1 - first_group;
@@ -243,7 +242,7 @@ class ConvBackward {
   }
 
   void add_plane(int64_t offset_group, int64_t tap, int64_t first, int64_t count, T* grad_offset, T* grad_mask) const {
-    // The first channels of a group set a gradient, those after them add to it.
+    // The first channels of a group set a gradient; the following ones add to it.
     bool is_set =
         std::max(offset_group * g_.offset_group_channels(), channels_.begin) % g_.offset_group_channels() != 0;
     const auto set_or_add = [&](T value, T& target) { target = is_set ? target + value : value; };
@@ -271,10 +270,10 @@ class ConvBackward {
   bool needs_input_, needs_sampling_, needs_weight_;
   std::vector<ChannelBlock<T>> blocks_;
   int64_t chunk_positions_;
-  std::vector<std::unique_ptr<BFloat16Pair[]>> weight_pairs_;  // in bfloat16: of each block
+  std::vector<std::unique_ptr<BFloat16Pair[]>> weight_pairs_;  // of each block; only in bfloat16
   std::vector<scalar_t> outside_;                              // [block], zeros
   std::unique_ptr<PlannedSample<T>[]> samples_;                // [chunk_positions, offset_groups, K]
-  std::unique_ptr<SampleGradient[]> block_gradients_;          // [the blocks' offset groups, K, chunk_positions]
+  std::unique_ptr<SampleGradient[]> block_gradients_;          // [offset groups of all blocks, K, chunk_positions]
 };
 
 }  // namespace mmdcn

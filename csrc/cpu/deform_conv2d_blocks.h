@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The blocks of channels that the threads of the backward share: each with its weights and their gradient.
+// The blocks of channels that the threads of the backward share, each with its weights and their gradient.
 #pragma once
 
 #include <algorithm>
@@ -33,13 +33,13 @@ struct BlockWeight {
         gradient(std::make_unique<T[]>(g.group_out_channels() * columns)) {}
 };
 
-// Channels of one group, or of some whole groups whose channels fill a vector each. Their columns are [positions, K,
-// channels], in rows of whole vectors.
+// Channels of one group, or several whole groups if the channels of each fill whole vectors. The columns are
+// [positions, K, channels], in rows of whole vectors.
 template <typename T>
 struct ChannelBlock : ChannelRange {
   std::vector<BlockWeight<T>> groups;
   std::vector<GroupChannels> offset_groups;
-  int64_t first_range;  // the number of offset groups in the blocks before
+  int64_t first_range;  // the number of offset groups in the preceding blocks
   int64_t column_stride;
 
   // columns [count, column_stride] = grad_output [count, C_out] x weight
@@ -79,7 +79,7 @@ struct ChannelBlock : ChannelRange {
   int64_t vector_stride(const BlockWeight<T>& part) const { return groups.size() > 1 ? this->size() : part.lanes; }
 };
 
-// The weights of a block of one group in bfloat16: [C_out in pairs, K * channels].
+// The weights of a block of one group in bfloat16: [pairs of C_out, K * channels].
 inline std::unique_ptr<BFloat16Pair[]> weight_pairs(const ConvGeometry& g, const ChannelBlock<float>& block) {
   const PackedMatrix<float>& weight = block.groups[0].weight;
   const int64_t columns = block.column_stride, rows = g.group_out_channels();
@@ -97,7 +97,7 @@ inline std::unique_ptr<BFloat16Pair[]> weight_pairs(const ConvGeometry& g, const
   return pairs;
 }
 
-// Where a block that begins at a channel ends.
+// The end of the block that begins at a channel.
 inline int64_t block_end(const ConvGeometry& g, int64_t begin, int64_t channels_end) {
   const int64_t most = g.taps() < 4 ? kMaxBlockChannels : kMaxBlockChannels / 2, size = g.group_in_channels();
   const int64_t end = std::min(begin + most, channels_end), group_end = (begin / size + 1) * size;
@@ -126,7 +126,7 @@ std::vector<ChannelBlock<T>> channel_blocks(const ConvGeometry& g, const Channel
   return blocks;
 }
 
-// Calls body(block weight, its columns' indices in a row of the weight [C_out, C_in/groups, kh, kw]) on all threads.
+// Calls body(block weight, indices of its columns in a row of the weight [C_out, C_in/groups, kh, kw]) on all threads.
 template <typename T, typename Body>
 void for_each_block_weight(const ConvGeometry& g, const std::vector<ChannelBlock<T>>& blocks, const Tensor& weight,
                            const Body& body) {

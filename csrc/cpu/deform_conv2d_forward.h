@@ -21,11 +21,11 @@
 namespace mmdcn {
 
 constexpr int64_t kMaxTilePositions = 192;
-constexpr int64_t kTileDepth = 384;  // of a product's sum, about
-constexpr int64_t kTileRows = 6;     // that a product takes at a time
-constexpr int64_t kSampleWork = 8;   // of a column's number, in multiplications of the product
+constexpr int64_t kTileDepth = 384;  // approximate length of a product's sum
+constexpr int64_t kTileRows = 6;     // rows that a product computes at a time
+constexpr int64_t kSampleWork = 8;   // cost of one element of a column, in multiplications
 
-// The share that some channels of the image have in the output.
+// The contribution of some channels of the image to the output.
 template <typename scalar_t>
 class ConvForward {
   using T = compute_t<scalar_t>;
@@ -49,8 +49,8 @@ class ConvForward {
     }
   }
 
-  // Writes the output [N, C_out, H_out, W_out] of the images in `rows`, or, but for the first channels, adds to it.
-  // The threads share the positions, so that their shares are equal; each splits its own into tiles.
+  // Writes the output [N, C_out, H_out, W_out] of the images in `rows`; channels other than the first add to it. The
+  // threads share the positions equally, and each splits its positions into tiles.
   void run(const SamplePlan<T>& plan, const Rows<scalar_t>& rows, const Tensor& output) const {
     const int64_t positions = output.size(0) * g_.positions();
     const int64_t items = (positions + kRows - 1) / kRows;
@@ -108,7 +108,7 @@ class ConvForward {
     }
   }
 
-  // By oneDNN, of all channels at once.
+  // Uses oneDNN, with all channels at once.
   void run_tiles_of_linear(const SamplePlan<T>& plan, const Rows<scalar_t>& rows, const Tensor& output,
                            PlannedSample<T>* samples, int64_t begin, int64_t end) const {
     const Tensor columns = empty_matrix(output, type_, tile_positions_, g_.taps() * g_.in_channels);
@@ -147,7 +147,7 @@ class ConvForward {
   int64_t tile_positions_, tile_taps_;
   std::optional<GroupWeights<T>> weights_;
   std::vector<T> bias_;            // [C_out]
-  std::optional<Linear> linear_;   // or of both
+  std::optional<Linear> linear_;   // used instead of weights_ and bias_ in bfloat16
   std::vector<scalar_t> outside_;  // [channels], zeros
 };
 

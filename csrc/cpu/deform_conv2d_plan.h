@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the samples of a deformable convolution lie, and the channels that share them.
+// The locations of a deformable convolution's samples, and the channels that share them.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct ChannelRange {
   int64_t size() const { return end - begin; }
 };
 
-// The parts of the channels that lie in one group each, of `group_channels` channels.
+// Channels that lie in one group; a group has `group_channels` channels.
 struct GroupChannels : ChannelRange {
   int64_t group;
 };
@@ -38,7 +38,7 @@ struct PlannedSample {
   T mask;
 };
 
-// Where the taps of some images sample.
+// The sampling locations of all taps in some images.
 template <typename T>
 class SamplePlan {
  public:
@@ -49,8 +49,8 @@ class SamplePlan {
         offsets_(offset_),
         masks_(mask_ ? Planes(*mask_) : Planes()) {}
 
-  // samples [count, offset_groups, K] of positions first, first + 1, ... of all the images. Adjacent positions share
-  // the cache lines of the offsets' planes, so that these are read for some positions at a time.
+  // Writes the samples [count, offset_groups, K] of positions first, first + 1, ... over all images. Adjacent positions
+  // share cache lines of the offset planes, so offsets are read for several positions at a time.
   void locate_samples(int64_t first, int64_t count, PlannedSample<T>* samples) const {
     constexpr int64_t kRun = 16;
     const int64_t positions = g_.positions(), per_position = g_.samples_per_position();

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is done with the channels of one sample: the sample itself, its transpose, and the dot products of its
-// derivatives.
+// The channels of one sample: sampling, its transpose, and the dot products for the derivatives.
 #pragma once
 
 #include <bit>
@@ -13,7 +12,7 @@
 
 namespace mmdcn {
 
-// The channels of a cell's corners; a corner outside the image reads `outside`, which is zero.
+// The channels of a cell's corners; a corner outside the image points to `outside`, which is zero.
 template <typename scalar_t>
 struct CornerRows {
   const scalar_t* values[4];
@@ -26,8 +25,7 @@ struct CornerRows {
   }
 };
 
-// Calls body(channels) with a number that the compiler knows where it is a common one: such a loop has no ends to look
-// after.
+// Calls body(channels) with a compile-time constant for common numbers of channels, so loops need no remainder.
 template <typename Body>
 void with_constant_channels(int64_t channels, const Body& body) {
   switch (channels) {
@@ -51,7 +49,7 @@ scalar_t rounded(T value) {
   return static_cast<scalar_t>(value);
 }
 
-// torch's own conversion branches on NaN, which keeps loops from being vectorised.
+// torch's conversion branches on NaN, which prevents vectorization.
 template <>
 inline torch::headeronly::BFloat16 rounded(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -71,7 +69,7 @@ void sample_channels(const CornerRows<scalar_t>& corners, const T (&weight)[4], 
   }
 }
 
-// The transpose of sample_channels. Nothing is added to a corner outside.
+// The transpose of sample_channels. Corners outside the image receive nothing.
 template <typename T, typename Count>
 void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T* __restrict grad, Count channels,
                       const Rows<T>& rows, int64_t channel) {
@@ -85,8 +83,8 @@ void scatter_channels(const BilinearCell<T>& cell, const T (&weight)[4], const T
   }
 }
 
-// The dot products of the corners with a column's gradient, and put(c, the sample of channel c), which may overwrite
-// the gradient: each corner is read once for both.
+// Computes the dot products of the corners with a column's gradient, and calls put(c, sample of channel c), which may
+// overwrite the gradient. Each corner is read once for both.
 template <typename scalar_t, typename T, typename Count, typename Put>
 void dot_and_sample(const CornerRows<scalar_t>& corners, const T (&weight)[4], const T* grad, Count channels,
                     T (&dot)[4], const Put& put) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// See Note [Deformable RoI pooling] for what a bin is.
+// Note [Deformable RoI pooling] defines a bin.
 //
-// It works on NHWC rows. First each bin's weights are planned, once. Forward, the threads share the regions; backward,
-// they share blocks of channels: a block owns its channels of grad_input, and leaves its share of grad_offset to be
-// added up in the order of the blocks. So no two threads write one address, and the bits do not depend on their number.
-// Images that are not NHWC in the type that is computed in are copied, some channels at a time (bounded_copies.h).
+// The images are NHWC rows. Each bin's weights are computed once, first. In the forward the threads share the regions.
+// In the backward they share blocks of channels: a block owns its channels of grad_input, and its contribution to
+// grad_offset is summed with the others' in the order of the blocks. So no two threads write the same address, and the
+// bits do not depend on the number of threads. Images that are not NHWC in the compute type are copied, some channels
+// at a time (bounded_copies.h).
 #include "../ops/deform_roi_pool.h"
 
 #include <algorithm>
@@ -22,7 +23,7 @@
 namespace mmdcn {
 namespace {
 
-// A row or a column that has a weight in a bin.
+// A row or a column with a nonzero weight in a bin.
 template <typename T>
 struct PixelWeight : AxisWeight<T> {
   int64_t pixel;
@@ -114,7 +115,7 @@ struct ImageChannels {
   const std::vector<int64_t>& rois;
 };
 
-// Calls body(part) for every image with regions, or for parts of its channels where all may not be copied at once.
+// Calls body(part) for each image with regions, or for parts of its channels if they may not all be copied at once.
 template <typename T, typename Body>
 void for_each_image(const RoIGeometry& g, const Plan<T>& plan, bool copies, const Body& body) {
   const int64_t step = copies ? std::min(copied_channels(g.height, g.width, sizeof(T)), g.channels) : g.channels;
@@ -130,7 +131,7 @@ Tensor channels_of(const Tensor& images, const ImageChannels& part) {
   return slice(images, 1, part.first_channel, part.channels);
 }
 
-// Calls body(first, count) for blocks of channels; a count that the compiler knows leaves no ends to look after.
+// Calls body(first, count) for blocks of channels, with a compile-time count for whole blocks.
 template <typename Body>
 void for_each_block(int64_t channels, const Body& body) {
   int64_t first = 0;
@@ -189,7 +190,7 @@ Tensor deform_roi_pool(const DeformRoIPoolCall& call) {
   return output;
 }
 
-// The derivatives of a bin by a shift of its samples.
+// The derivatives of a bin with respect to a shift of its samples.
 template <typename T>
 struct ShiftGradient {
   T y, x;
@@ -199,7 +200,7 @@ struct ShiftGradient {
 template <typename T>
 class Backward {
  public:
-  // Without rows of the input there are no gradients of shifts, without those of its gradient no such gradient.
+  // Without input rows the gradients of shifts are not computed; without rows of its gradient, that gradient is not.
   Backward(const RoIGeometry& g, const Plan<T>& plan, const ImageChannels& part, const std::optional<Rows<T>>& rows,
            const std::optional<Rows<T>>& grad_rows)
       : g_(g),

@@ -13,7 +13,7 @@
 
 namespace mmdcn {
 
-// The weights of the groups that some channels are of, as right matrices [K * channels, C_out/groups].
+// The weights of the groups to which some channels belong, as right matrices [K * channels, C_out/groups].
 template <typename T>
 class GroupWeights {
  public:
@@ -52,7 +52,7 @@ class GroupWeights {
 
   template <typename scalar_t>
   void pack(const Tensor& weight) const {
-    // Outputs whose numbers lie side by side in the packed matrix, and in few enough rows of the weight for a cache.
+    // Outputs that are adjacent in the packed matrix, few enough for their rows of the weight to stay in cache.
     const int64_t step = std::min<int64_t>(parts_[0].weight.panel_columns(), 16);
     const int64_t out_steps = (g_.group_out_channels() + step - 1) / step;
     const int64_t work = weight.numel() / (out_steps * std::ssize(parts_));
@@ -74,7 +74,7 @@ class GroupWeights {
     const scalar_t* weights = data<const scalar_t>(weight) +
                               (part.channels.group * g_.group_out_channels() + first) * out_stride +
                               in_group * channel_stride;
-    constexpr int64_t kChannels = 16;  // whose taps stay in the first-level cache
+    constexpr int64_t kChannels = 16;  // few enough for their taps to stay in the L1 cache
     with_constant_channels(last - first, [&](auto outputs) {
       for (int64_t channel = 0; channel < size; channel += kChannels) {
         for (int64_t tap = 0; tap < g_.taps(); ++tap) {

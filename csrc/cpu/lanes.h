@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over channels, in the lanes of a vector. Compilers add up the lanes of a `simd reduction` one after the other,
-// which takes longer than all else that is done with 32 channels.
+// Sums over channels in the lanes of a vector. Compilers add the lanes of a `simd reduction` one by one, which takes
+// longer than the rest of the work on 32 channels.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace mmdcn {
 
-// For a number of channels that may be a constant, see with_constant_channels.
+// The number of channels may be a compile-time constant, see with_constant_channels.
 template <typename T, typename Count>
 constexpr int64_t lanes_of() {
   return lanes_for<T>(std::is_same_v<Count, int64_t> ? 16 : Count());

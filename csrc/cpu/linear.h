@@ -9,27 +9,27 @@
 #include "../core/dispatch.h"
 #include "../core/stable_ops.h"
 
-// Whether oneDNN's operators have the arguments that are given to them below. mmdcn._extension sets it, since their
-// schemas cannot be read here, and torch promises those of its native operators alone.
+// Whether oneDNN's operators have the arguments that are passed below. Schemas cannot be read here, and torch keeps
+// only those of its native operators stable, so mmdcn._extension compares them and sets this.
 extern "C" {
 __attribute__((visibility("default"))) inline bool mmdcn_knows_onednn = false;
 }
 
 namespace mmdcn {
 
-// x @ weight^T + bias in bfloat16, for many x and one weight, by oneDNN with the weight packed once: torch's own
-// product packs it again for every x. Not every processor has it.
+// x @ weight^T + bias in bfloat16, for many x and one weight. oneDNN packs the weight once, where torch's own product
+// packs it again for each x. Not every processor supports it.
 class Linear {
  public:
-  // oneDNN compiles a kernel for each number of rows that it meets. So that images of all sizes do not each cost a
-  // compilation, it gets multiples of this alone.
+  // oneDNN compiles a kernel for each new number of rows. Only multiples of this are used, so that new image sizes
+  // rarely cost a compilation.
   static constexpr int64_t kRows = 32;
 
   Linear(const Tensor& weight,                              // [N, K]
          const std::optional<Tensor>& bias = std::nullopt)  // [N]
       : weight_(pack(weight)), bias_(bias) {}
 
-  // The result may have more rows than x: those after M mean nothing.
+  // The result may have more rows than x; ignore those after M.
   Tensor operator()(const Tensor& x  // [M, K]
   ) const {                          // [M or more, N]
     const int64_t missing = (kRows - x.size(0) % kRows) % kRows;
@@ -38,7 +38,7 @@ class Linear {
                       bias_, std::string("none"), no_scalars, std::optional<std::string>());
   }
 
-  // Whether oneDNN has such products on this processor, and they can be called.
+  // Whether oneDNN supports these products on this processor and they can be called.
   static bool is_available() {
     static const bool available = can_pack();
     return available;

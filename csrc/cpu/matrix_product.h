@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of matrices that lie in a core's cache, on raw memory: no operator of torch is called for a tile.
+// Products of matrices that fit in a core's cache, on raw memory: no torch operator is called for a tile.
 //
-// A tile of the result stays in registers: some rows of a few vectors. Each step along the sum loads the vectors of the
-// right matrix and multiplies them by a number of each row of the left one. An element is one chain of additions, which
-// begins at zero and is then added to what the result had. So its bits depend on neither the registers' tiles nor the
-// threads, and the rounding errors of a long sum that is made of several products stay small.
+// A tile of the result, some rows of a few vectors, stays in registers. Each step along the sum loads the vectors of
+// the right matrix and multiplies them by one element of each row of the left matrix. An element of the result is one
+// chain of additions, which begins at zero and is then added to the previous value. So its bits depend on neither the
+// register tiles nor the threads, and a long sum that is split into several products has small rounding errors.
 #pragma once
 
 #include <algorithm>
@@ -16,16 +16,16 @@ namespace mmdcn {
 
 constexpr int64_t kRegisterBytes = __BIGGEST_ALIGNMENT__;  // 64 with AVX-512, 32 with AVX2
 
-constexpr int64_t kThreadWork = 1 << 18;  // multiplications that are worth a thread
+constexpr int64_t kThreadWork = 1 << 18;  // multiplications that justify a thread
 
-// Numbers in a vector: 4, 8 or 16, so that few are wasted on a narrow matrix.
+// Elements of a vector: 4, 8 or 16, to waste few on a narrow matrix.
 template <typename T>
 constexpr int64_t lanes_for(int64_t columns) {
   constexpr int64_t kWidest = std::max<int64_t>(kRegisterBytes / sizeof(T), 4);
   return columns <= 4 ? 4 : columns <= 8 ? 8 : kWidest;
 }
 
-// Vectors side by side in a tile: as many as leave registers for its six rows.
+// Vectors per row of a tile: as many as the registers hold for six rows.
 template <typename T>
 constexpr int64_t max_vectors(int64_t lanes) {
   return lanes * static_cast<int64_t>(sizeof(T)) > kRegisterBytes ? 1 : kRegisterBytes == 64 ? 4 : 2;
@@ -35,8 +35,8 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 
 // result[i][j] = or += sum over s and k of left[i][s][k] * right[s * depth + k][j]
 //
-// The columns of the right matrix and of the result are vectors of `lanes` numbers. Those of the last vector that are
-// beyond the columns are read from the right matrix, but nothing is written there.
+// The columns of the right matrix and of the result are vectors of `lanes` elements. The last vector may extend beyond
+// the columns: there the right matrix is read, but the result is not written.
 template <typename T>
 struct MatrixProduct {
   int64_t rows = 0, columns = 0, depth = 0, lanes = 0;
@@ -51,7 +51,7 @@ struct MatrixProduct {
   bool accumulates = true;
 };
 
-// A right matrix [depth, columns] in panels as wide as a tile, one after another, each row by row in whole vectors.
+// A right matrix [depth, columns] packed into consecutive panels as wide as a tile, each row by row in whole vectors.
 template <typename T>
 class PackedMatrix {
  public:
@@ -63,7 +63,7 @@ class PackedMatrix {
 
   int64_t panel_columns() const { return lanes_ * max_vectors<T>(lanes_); }
 
-  // After it lie the others of its row and panel.
+  // The rest of its row of the panel follows.
   T& at(int64_t row, int64_t column) const {
     const int64_t first = column / panel_columns() * panel_columns();
     const int64_t width = std::min(panel_columns(), round_up(columns_, lanes_) - first);
@@ -78,7 +78,7 @@ class PackedMatrix {
     }
   }
 
-  // The right side of a product whose sum begins at a row.
+  // The right matrix of a product whose sum begins at a row.
   void set_right(MatrixProduct<T>& product, int64_t first_row) const {
     product.columns = columns_, product.lanes = lanes_;
     product.right = data_.get(), product.packed_depth = depth_, product.first_packed_row = first_row;
@@ -149,7 +149,7 @@ void multiply_vectors(const MatrixProduct<T>& p, const T* right, int64_t right_s
   tiles.template operator()<1>();
 }
 
-// The last vector of the result, of which `columns` numbers are written.
+// The last vector of the result, of which `columns` elements are written.
 template <typename T, bool kTransposed, int kLanes>
 void multiply_partial_vector(const MatrixProduct<T>& p, const T* right, int64_t right_stride, T* result,
                              int64_t columns) {

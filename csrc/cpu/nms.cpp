@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Suppression of boxes that overlap a better one, with the roundings of mmcv's own: a box at the very threshold shares
-// its fate there.
+// Non-maximum suppression with the same roundings as mmcv's, so that a box exactly at the threshold is treated alike.
 #include "../ops/nms.h"
 
 #include <algorithm>
@@ -14,7 +13,7 @@
 #include "../core/library.h"
 #include "../core/readable_errors.h"
 
-// The intersection is rounded before it leaves the union; contracted to one operation, it would not be.
+// The intersection must be rounded before it is subtracted from the union; a fused multiply-add would not round it.
 #define MMDCN_ROUND_PRODUCTS [[gnu::optimize("fp-contract=off")]]
 
 namespace mmdcn {
@@ -31,7 +30,7 @@ Box<T> box_of(const T* corners, T offset) {
   return {x1, y1, x2, y2, (x2 - x1 + offset) * (y2 - y1 + offset)};
 }
 
-// Boxes whose coordinates are adjacent, for vectors of them.
+// Boxes as one array for each coordinate, for vectorization.
 template <typename T>
 struct Boxes {
   Boxes(const Tensor& corners, T offset)  // [N, 4]
@@ -56,10 +55,10 @@ struct Boxes {
 template <typename T>
 struct Threshold {
   T value;
-  bool at_it_too;  // whether an overlap of just this value suppresses
+  bool at_it_too;  // whether an overlap equal to the threshold suppresses
 };
 
-// Lets box i, which is kept, suppress those after it that overlap it and that no box before it has suppressed.
+// Suppresses the later boxes that overlap the kept box i and are not yet suppressed.
 template <typename T>
 MMDCN_ROUND_PRODUCTS void suppress(Boxes<T>& boxes, int32_t i, T offset, Threshold<T> threshold,
                                    int32_t* __restrict keepers) {
@@ -77,7 +76,7 @@ MMDCN_ROUND_PRODUCTS void suppress(Boxes<T>& boxes, int32_t i, T offset, Thresho
   }
 }
 
-// For each box, in the order of their scores, the number of the box that suppresses it; its own if it is kept.
+// For each box, in the order of scores, the index of the box that suppresses it; a kept box has its own index.
 std::vector<int32_t> keepers_of(const Tensor& sorted, double iou_threshold, bool at_it_too, int64_t offset) {
   std::vector<int32_t> keepers(sorted.size(0));
   std::iota(keepers.begin(), keepers.end(), 0);
@@ -123,7 +122,7 @@ Tensor nms_match(const Tensor& boxes, const Tensor& scores, double iou_threshold
   return result;
 }
 
-// On the CPU for every device: an exported detector suppresses a few thousand boxes an image.
+// Runs on the CPU for every device: an exported detector has only a few thousand boxes per image.
 Tensor nms_mask(const Tensor& boxes, const Tensor& scores, double iou_threshold, double score_threshold) {
   check_rank(scores, "scores", 2);
   const int64_t batch = scores.size(0), count = scores.size(1);
@@ -150,7 +149,7 @@ Tensor nms_mask(const Tensor& boxes, const Tensor& scores, double iou_threshold,
 
 enum class Decay : int64_t { kNaive, kLinear, kGaussian };
 
-// By how much a box's score falls beside a better box.
+// The factor by which a better box lowers a box's score.
 template <typename T>
 T decay(Decay method, T ratio, T threshold, T sigma) {
   if (method == Decay::kGaussian) return std::exp(-(ratio * ratio) / sigma);
@@ -173,7 +172,7 @@ MMDCN_ROUND_PRODUCTS T overlap(const Box<T>& a, const Box<T>& b, T offset) {
   return intersection / (a.area + b.area - intersection);
 }
 
-// Leaves the candidates that are kept, in their order. Where one goes the last takes its place, which decides ties.
+// Leaves the kept candidates, in the order of selection. A removed one is replaced by the last, which decides ties.
 template <typename T>
 void soften(std::vector<Candidate<T>>& candidates, Decay method, T threshold, T sigma, T min_score, T offset) {
   const auto by_score = [](const Candidate<T>& a, const Candidate<T>& b) { return a.score < b.score; };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Output positions of images [N, C, H, W] of any strides and type, as rows [count, C] in the type that is computed in.
+// Output positions of images [N, C, H, W] of any strides and type, as rows [count, C] in the compute type.
 // Positions are numbered over the images: (n * H + y) * W + x.
 #pragma once
 
@@ -11,8 +11,8 @@
 
 namespace mmdcn {
 
-// Calls body(offset, row, length) for runs of at most 16 adjacent positions in a row of an image: `offset` is where the
-// first one begins in the tensor's memory. So many numbers of a plane fill a cache line.
+// Calls body(offset, row, length) for runs of at most 16 adjacent positions in a row of an image, which fill a cache
+// line of a plane. `offset` is the memory offset of the first one.
 template <typename Body>
 void for_each_run(const Tensor& images, int64_t first, int64_t count, const Body& body) {
   constexpr int64_t kRun = 16;
@@ -25,7 +25,7 @@ void for_each_run(const Tensor& images, int64_t first, int64_t count, const Body
   }
 }
 
-// Calls body(index in the tensor's memory, index in the rows) for every number, in the order of the tensor's memory.
+// Calls body(index in the tensor's memory, index in the rows) for each element, in the order of the tensor's memory.
 template <typename Body>
 void for_each_number(const Tensor& images, int64_t first, int64_t count, const Body& body) {
   const int64_t channels = images.size(1), channel_stride = images.stride(1), stride = images.stride(3);

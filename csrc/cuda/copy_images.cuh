@@ -11,7 +11,7 @@
 
 namespace mmdcn {
 
-// Where the elements of images lie.
+// The memory layout of images.
 struct ImageStrides {
   int64_t image, y, x, channel;
 
@@ -19,15 +19,15 @@ struct ImageStrides {
     return {images.stride(0), images.stride(2), images.stride(3), images.stride(1)};
   }
 
-  // Of dense NHWC.
+  // The strides of dense NHWC.
   static ImageStrides rows(int64_t channels, int64_t height, int64_t width) {
     return {height * width * channels, width * channels, channels, 1};
   }
 };
 
-// Copies images of any layout to any other, and to another type. A block has 32 pixels of a row, or of an image whose
-// pixels lie evenly, and 32 channels: it reads and writes them along the channels or along the pixels, whichever is
-// closer, and turns them in shared memory.
+// Copies images between any two layouts and types. A block copies 32 pixels of a row, or of an image if its pixels have
+// one stride, and 32 channels. It reads and writes along the channels or along the pixels, whichever has the smaller
+// stride, and transposes in shared memory.
 template <typename In, typename Out>
 struct CopyImages {
   static constexpr uint32_t kResident = 0, kSide = 32;
@@ -83,7 +83,7 @@ struct CopyImages {
   }
 };
 
-// Copies numbers one after the other to another type. A thread has kVector of them.
+// Converts a contiguous array to another type. A thread converts kVector elements.
 template <typename In, typename Out>
 struct CopyNumbers {
   static constexpr uint32_t kResident = 0, kVector = 4, kBlockVectors = 1024;
@@ -121,7 +121,7 @@ struct CopyNumbers {
 template <typename In, typename Out>
 void copy_images(const In* in, const ImageStrides& from, Out* out, const ImageStrides& to, int64_t images,
                  int64_t channels, int64_t height, int64_t width, int32_t device) {
-  if constexpr (!std::is_same_v<In, Out> && sizeof(In) <= 4) {  // the gradient of rows, from its sum
+  if constexpr (!std::is_same_v<In, Out> && sizeof(In) <= 4) {  // a gradient of rows, summed in float32
     const bool dense = to.channel == 1 && to.x == channels && to.y == width * channels && to.image == height * to.y;
     const bool same = from.channel == 1 && from.x == to.x && from.y == to.y && from.image == to.image;
     const auto is_aligned = [](const void* address) {

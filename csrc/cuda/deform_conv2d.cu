@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operator on CUDA. See Note [Deformable convolution on CUDA].
 //
-// A call of torch costs as much as a kernel, so that there are few: the results are allocated, and one workspace, of
-// which each part is a pointer. Images that are not NHWC rows are copied to such, and results from such, by sub-batches
-// of images.
+// A call of torch costs as much as a kernel, so there are few: one allocates each result, and one a workspace that
+// holds everything else. Images that are not NHWC rows are copied to NHWC rows, and results back, in sub-batches.
 #include <optional>
 #include <vector>
 

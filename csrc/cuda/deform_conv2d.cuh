@@ -1,37 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
 // Note: [Deformable convolution on CUDA]
 //
-// As on the CPU, a deformable convolution is a sampling of NHWC pixels into columns and a matrix product with the
-// weight, tile by tile of output positions, so that the workspace does not grow with the image or the batch. The
-// positions of the whole batch are numbered (b * H_out + out_y) * W_out + out_x. The columns of a tile are
-// [groups, positions, K, C_in/groups] in the type of the input, for tensor cores.
+// As on the CPU, a deformable convolution samples NHWC pixels into columns and multiplies them by the weight, one tile
+// of output positions at a time, so the workspace does not grow with the image or the batch. Positions are numbered
+// over the batch: (b * H_out + out_y) * W_out + out_x. The columns of a tile are [groups, positions, K, C_in/groups] in
+// the input's type, for tensor cores.
 //
 //   forward:   columns = samples;                            output       = columns x weight^T
 //   backward:  columns = grad_output x weight;               grad_input, grad_offset, grad_mask from them; then
-//              columns = samples, in the place of their gradient;  grad_weight += grad_output^T x columns
+//              columns = samples, overwriting their gradient;  grad_weight += grad_output^T x columns
 //
-// So in half types the gradients of input, offset and mask come from columns' gradients rounded to the type. A sample
-// wholly outside its image gives none, whatever the gradient of its column is.
+// So in half types the gradients of input, offset and mask are computed from column gradients rounded to that type. A
+// sample that lies entirely outside its image has no gradient, whatever its column's gradient is.
 //
-// The kernels are bound by the instructions of a sample, so that nothing is computed twice: a warp takes one tap of one
-// offset group at a patch of at most 32 positions (deform_conv2d_columns.cuh).
+// The kernels are bound by the instructions per sample, so nothing is computed twice: a warp processes one tap of one
+// offset group for a patch of at most 32 positions (deform_conv2d_columns.cuh).
 //
-//   1. each lane locates one sample, so that the offsets of adjacent positions are read together, and leaves it to the
-//      warp: where its four pixels begin, as 32-bit numbers of vectors, and their weights, the mask included
-//   2. then groups of lanes move over the samples, each lane over the channels in 16-byte vectors
+//   1. each lane locates one sample, so the offsets of adjacent positions are read together, and shares with the warp
+//      the addresses of its four pixels, as 32-bit vector indices, and their weights, mask included
+//   2. then groups of lanes iterate over the samples, each lane over channels in 16-byte vectors
 //
-// A patch is 8 positions wide and up to 4 high, since adjacent samples share most of their pixels, which so come from
-// the multiprocessor's own cache. One group of lanes sees all channels that share an offset, so grad_offset and
-// grad_mask need no atomics.
+// A patch is 8 positions wide and up to 4 high: adjacent samples share most of their pixels, which are then read from
+// the L1 cache. One group of lanes sees all channels that share an offset, so grad_offset and grad_mask need no
+// atomics.
 //
-// grad_input sums up in the compute type. What the samples of a block add to one pixel, the block sums up first, in a
-// fixed order, and adds it to the image by atomics, whose order and so whose last bits change from run to run. If it is
-// to be deterministic, the corners of the tile are sorted by their pixels instead (deform_conv2d_input.cuh).
+// grad_input is summed in the compute type. Each block first sums its samples' contributions to a pixel in a fixed
+// order, then adds them to the image with atomics. Their order, and so the last bits, change from run to run. In
+// deterministic mode the corners of the tile are sorted by pixel instead (deform_conv2d_input.cuh).
 //
-// What is 32 bits wide here holds for every call that `fits` (deform_conv2d_launch.cuh).
+// Quantities of 32 bits are wide enough for every call for which `fits` is true (deform_conv2d_launch.cuh).
 //
-// This file and those two are what the threads of a block compute. They are C++ without CUDA, so that the host can run
-// them too (tests/cuda_host).
+// This file and the two others contain what the threads of a block compute. They are C++ without CUDA, so the host can
+// run them too (tests/cuda_host).
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -46,7 +46,7 @@
 
 namespace mmdcn {
 
-// n / divisor, for n < 2^31, by a multiplication.
+// Computes n / divisor, for n < 2^31, with a multiplication.
 struct Division {
   uint32_t divisor = 1, multiplier = 1, shift = 0;
 
@@ -69,7 +69,7 @@ C10_DEVICE inline Divided divide(uint32_t n, const Division& by) {
   return {quotient, n - quotient * by.divisor};
 }
 
-// A sample, if `valid`, at a position of the tile.
+// A sample at a position of the tile, if `valid`.
 template <typename T>
 struct Point : Cell<T, int32_t> {
   bool valid;
@@ -77,32 +77,32 @@ struct Point : Cell<T, int32_t> {
   T mask;
 };
 
-// Some positions of the batch, and where they sample. Vectors are of kVector channels.
+// Some positions of the batch, and their sampling locations. A vector is kVector channels.
 template <typename scalar_t, int kVector>
 struct Tile {
   using T = compute_t<scalar_t>;
   using V = Vector<scalar_t, kVector>;
 
   const V* input;          // [B*H*W] pixels
-  uint32_t pixel_vectors;  // from pixel to pixel
+  uint32_t pixel_vectors;  // stride between pixels, in vectors
   int32_t height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
   uint32_t groups, group_vectors, offset_group_vectors, in_channels;
   Division kernel_width, taps, offset_groups, positions, out_width, vectors_of_group;
   Planes<T> offset;       // [B, 2*G*K, H_out, W_out]
   Planes<T> mask;         // [B, G*K, H_out, W_out]
   uint32_t first, count;  // positions of the batch
-  // The positions as a grid, and the patches of it.
+  // The positions as a grid, and its patches.
   uint32_t grid_width, grid_rows, patch_log_width, patch_rows, patches;
   Division patch_columns;
   V* columns;  // [groups, count, K, C_in/groups]
 
-  // Where the columns of a vector of channels begin.
+  // The start of the columns of a vector of channels.
   C10_DEVICE uint32_t first_column(uint32_t vector) const {
     if (groups == 1) return vector;
     return vectors_of_group(vector) * (count * taps.divisor - 1) * group_vectors + vector;
   }
 
-  // What is to be added to that.
+  // The offset of a position and tap from there.
   C10_DEVICE uint32_t column(uint32_t position, uint32_t tap) const {
     return (position * taps.divisor + tap) * group_vectors;
   }
@@ -126,7 +126,7 @@ struct Tile {
     return {cell_of(height, width, y, x), true, image, in_batch.rest, position, own_mask};
   }
 
-  // Row or column (y, x) of the image that the point is in.
+  // The pixel (y, x) of the point's image.
   C10_DEVICE uint32_t pixel(const Point<T>& point, int32_t y, int32_t x) const {
     return (point.image * height + y) * width + x;
   }
@@ -138,7 +138,7 @@ struct Tile {
   }
 };
 
-// Whether the corners of a point's cell are pixels of the image.
+// Whether each corner of a point's cell is inside the image.
 template <typename T>
 C10_DEVICE void corners_inside(const Point<T>& point, bool (&inside)[4]) {
   inside[0] = point.has_top && point.has_left;

@@ -9,7 +9,7 @@
 
 namespace mmdcn {
 
-// The gradients that are needed, and where they go.
+// The gradients that are needed, and where they are written.
 struct Gradients {
   Tensor input, offset, mask, weight;
   bool needs_input, needs_offset, needs_mask, needs_weight;
@@ -17,7 +17,7 @@ struct Gradients {
   bool needs_columns() const { return needs_input || needs_offset || needs_mask; }
 };
 
-// Adds the gradient of a tile to that of the input, in an order that does not change.
+// Adds a tile's contribution to the gradient of the input, in a fixed order.
 template <typename scalar_t>
 void add_deterministically(const Sampling<scalar_t>& tile, const Corners<compute_t<scalar_t>>& corners,
                            const Tensor& like, compute_t<scalar_t>* grad_rows) {
@@ -45,12 +45,13 @@ void backward(DeviceCall<scalar_t>& call, const Tensor& grad_output, const Gradi
   ImageRows<scalar_t> grad_rows(grad_output, !is_rows(grad_output));
   std::optional<ImageRows<scalar_t>> grad_input;
   if (gradients.needs_input) grad_input.emplace(gradients.input, false);
-  // The gradient of the input sums up in the compute type: in the tensor itself, or in rows to copy from.
+  // The gradient of the input is summed in the compute type, in the tensor itself or in rows that are then copied to
+  // it.
   const bool sums = gradients.needs_input && !(std::is_same_v<T, scalar_t> && is_rows(gradients.input));
   const bool sorts = gradients.needs_input && deterministic;
   const int64_t position_corners = 4 * g.samples_per_position();
   const int64_t image_sum = g.height * g.width * g.in_channels;
-  const int64_t sorted_bytes = sorts ? position_corners * 32 : 0;  // the corners, and what sorting them takes
+  const int64_t sorted_bytes = sorts ? position_corners * 32 : 0;  // the corners and the memory that sorting them takes
   const Tiling tiling(g, call.input.copied_bytes() + grad_rows.copied_bytes() + (sums ? image_sum * sizeof(T) : 0),
                       call.column_bytes() + sorted_bytes);
   Workspace workspace;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the forward and the backward share on the host: sub-batches of images, tiles of positions, and the tensors as
-// pointers and strides.
+// Host code that the forward and the backward share: sub-batches of images, tiles of positions, and tensors as pointers
+// and strides.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace mmdcn {
 
-constexpr int64_t kTileRows = 4;  // a tile has a multiple of so many, as patches do
+constexpr int64_t kTileRows = 4;  // the rows of a tile are a multiple of this, like those of a patch
 
 inline Tensor in_type(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
@@ -28,14 +28,14 @@ Planes<T> planes(const std::optional<Tensor>& tensor, int64_t first_image) {
           tensor->stride(3)};
 }
 
-// The call with another number of images.
+// The same call with a different number of images.
 inline ConvGeometry with_batch(ConvGeometry g, int64_t images) {
   g.batch = images;
   return g;
 }
 
-// The images of a sub-batch, and the positions of a tile. `copied` and `columns` are bytes, of an image and of a
-// position.
+// The number of images in a sub-batch and of positions in a tile. `copied` is in bytes per image, `columns` in bytes
+// per position.
 struct Tiling {
   int64_t images, tile_positions;
 
@@ -57,7 +57,7 @@ struct Tiling {
   }
 };
 
-// Calls body(first image, their number).
+// Calls body(first image, number of images) for each sub-batch.
 template <typename Body>
 void for_each_sub_batch(const ConvGeometry& g, const Tiling& tiling, const Body& body) {
   for (int64_t first = 0; first < g.batch; first += tiling.images) {
@@ -65,7 +65,7 @@ void for_each_sub_batch(const ConvGeometry& g, const Tiling& tiling, const Body&
   }
 }
 
-// The tensors of a call as the kernels take them.
+// The tensors of a call in the form that the kernels take.
 template <typename scalar_t>
 struct DeviceCall {
   using T = compute_t<scalar_t>;
@@ -87,7 +87,7 @@ struct DeviceCall {
         input(call.input, !is_rows(call.input)),
         weight(call.weight, !is_rows(call.weight)) {}
 
-  int64_t depth() const { return geometry.taps() * geometry.group_in_channels(); }  // of the products
+  int64_t depth() const { return geometry.taps() * geometry.group_in_channels(); }  // length of the products' sums
   int64_t column_bytes() const {
     return geometry.taps() * geometry.in_channels * static_cast<int64_t>(sizeof(scalar_t));
   }
@@ -116,7 +116,7 @@ struct DeviceCall {
     }
   }
 
-  // Matrices of each group: rows [positions, C_out] from a tile's first on, columns, and the weight or its gradient.
+  // The matrices of each group: rows [positions, C_out] of a tile, columns, and the weight or its gradient.
   Matrices by_group(scalar_t* rows, const Sampling<scalar_t>& tile) const {
     return {rows + tile.first * geometry.out_channels, geometry.out_channels, geometry.group_out_channels(), type()};
   }

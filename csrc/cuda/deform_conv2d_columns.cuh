@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between the pixels and the columns of a tile. See Note [Deformable convolution on CUDA].
+// Sampling pixels into the columns of a tile, and its backward. See Note [Deformable convolution on CUDA].
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -11,9 +11,9 @@
 
 namespace mmdcn {
 
-// The samples of a warp that are inside their image, without gaps. No corner is outside: where one would be, its row or
-// column of the cell is taken twice, at half the weight each time. This is exact, a half being a power of two, and no
-// pixel that is not the sample's own, such as a NaN, can enter the sum.
+// The samples of a warp that are inside their image, without gaps. No corner is outside: the row or column of the cell
+// that is inside replaces the one outside, and each gets half the weight. Halving is exact, and no pixel outside the
+// sample's cell, which could be NaN, enters the sum.
 template <typename T>
 struct alignas(16) WarpSamples {
   struct alignas(16) Pixels {
@@ -52,14 +52,14 @@ struct alignas(16) WarpSamples {
   }
 };
 
-// What a lane has to know of its point in the end. It has no registers to spare meanwhile.
+// The data of a lane's point that are needed at the end. They wait in shared memory, since registers are scarce.
 template <typename T>
 struct KeptPoint : Fractions<T> {
   T mask;
   uint32_t image, place;
   uint8_t slot;
   bool valid;
-  uint8_t corners;  // that are pixels, one bit each
+  uint8_t corners;  // one bit for each corner inside the image
 
   KeptPoint() = default;
   C10_DEVICE KeptPoint(const Point<T>& point, uint32_t slot)
@@ -78,14 +78,14 @@ struct KeptPoint : Fractions<T> {
   }
 };
 
-// In the end the weights give way to the corners' dot products with the gradient of the column.
+// At the end the corners' dot products with the column's gradient overwrite the weights.
 template <typename T>
 struct WarpSamplesAndPoints : WarpSamples<T> {
-  KeptPoint<T> points[kWarp];  // of the lanes
+  KeptPoint<T> points[kWarp];  // one for each lane
 };
 
-// The sums of four values each over kLanes lanes; those of the lane that has number `lane` among them are one
-// quarter's.
+// Sums each of four values over kLanes lanes. Each quarter of the lanes returns one of the four sums; `lane` is the
+// index of the lane among them.
 template <int kLanes, typename T>
 C10_DEVICE T sum_of_quarter(const T (&values)[4], uint32_t lane, const Threads& threads) {
   const bool high = lane & (kLanes / 2), odd = lane & (kLanes / 4);
@@ -98,8 +98,8 @@ C10_DEVICE T sum_of_quarter(const T (&values)[4], uint32_t lane, const Threads& 
   return sum;
 }
 
-// Fills the columns with the samples (kBlend), after it has used what is there, the gradient of the columns (kDots).
-// kLanes lanes share a sample; they have no more than one vector each if kSingle.
+// With kDots, computes the gradients of offset and mask from the gradient of the columns. With kBlend, then overwrites
+// the columns with the samples. kLanes lanes share a sample; with kSingle each has at most one vector.
 template <typename scalar_t, int kVector, int kLanes, bool kSingle, bool kDots, bool kBlend>
 struct Columns {
   using T = compute_t<scalar_t>;
@@ -107,7 +107,7 @@ struct Columns {
 
   static constexpr uint32_t kWarps = 8, kGroups = kWarp / kLanes;
   static constexpr uint32_t kResident = std::is_same_v<scalar_t, double> ? 2 : 4;
-  static constexpr int kUnroll = kDots ? 1 : 2;  // samples at a time, so that 8 or 5 loads are under way
+  static constexpr int kUnroll = kDots ? 1 : 2;  // samples at a time, to keep 5 or 8 loads in flight
 
   struct Shared {
     std::conditional_t<kDots, WarpSamplesAndPoints<T>, WarpSamples<T>> warps[kWarps];
@@ -153,7 +153,7 @@ struct Columns {
     const V* const first_pixel = opaque(input + sub);
     V* const first_column = opaque(tile.columns + tile.first_column(first_vector + sub));
 
-    for (uint32_t i = group; i < samples + group; i += kGroups * kUnroll) {  // as often for each group
+    for (uint32_t i = group; i < samples + group; i += kGroups * kUnroll) {  // the same number of turns for each group
       typename Samples::Pixels pixels[kUnroll];
       T weights[kUnroll][4], dots[kUnroll][4] = {};
       uint32_t columns[kUnroll];
@@ -229,7 +229,7 @@ struct Columns {
     }
   }
 
-  // Samples outside their image are zero, or NaN if the point or the mask is.
+  // A sample outside its image is zero, or NaN if its coordinates or mask are.
   C10_DEVICE void fill_outside(const Point<T>& point, uint32_t own_column, uint32_t first_vector, uint32_t lane,
                                const Threads& threads) const {
     uint32_t rest = threads.ballot(point.valid && !point.inside);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward on the host: by columns, or fused where the device has tensor cores for the call.
+// The forward on the host: with columns, or fused if the device's tensor cores support the call.
 #pragma once
 
 #include <optional>
@@ -27,7 +27,7 @@ void forward_by_columns(DeviceCall<scalar_t>& call, const std::optional<Tensor>&
   for_each_sub_batch(g, tiling, [&](int64_t first, int64_t images) {
     scalar_t* const rows = call.input.read(workspace, first, images);
     scalar_t* const sums = result.at(workspace, first);
-    if (bias) {  // so that the product's sum has it before it is rounded
+    if (bias) {  // before the product, so that the sum is rounded once
       copy_images(data<scalar_t>(*bias), {0, 0, 0, bias->stride(0)}, sums,
                   ImageStrides::rows(g.out_channels, g.out_height, g.out_width), images, g.out_channels, g.out_height,
                   g.out_width, call.device);
@@ -47,7 +47,7 @@ constexpr bool kIsHalfType = sizeof(scalar_t) == 2;
 
 FusedForward fused_call(const ConvGeometry& g) {
   const auto number = [](int64_t n) { return static_cast<int32_t>(n); };
-  constexpr int32_t kBand = 8;  // on an H100, 4 to 16 are alike
+  constexpr int32_t kBand = 8;  // on an H100, 4 to 16 are equally fast
   const int64_t bands = ceil_div(g.out_height, kBand);
   FusedForward call{};
   call.batch = number(g.batch), call.channels = number(g.in_channels), call.out_channels = number(g.out_channels);
@@ -85,7 +85,7 @@ void forward_fused(DeviceCall<scalar_t>& call, FusedForm form, const std::option
     const int64_t distance = vectors_to_zeros(call.input.at(workspace, first));
     are_near = are_near && INT32_MIN <= distance && distance <= INT32_MAX - reach;
   });
-  if (!are_near && !call.input.copied()) {  // 32 bits do not reach from the input to the zeros: they do from a copy
+  if (!are_near && !call.input.copied()) {  // the zeros are too far from the input for 32 bits, but not from a copy
     call.input.copy();
     forward_fused(call, form, bias, output);
     return;
@@ -108,7 +108,7 @@ void forward_fused(DeviceCall<scalar_t>& call, FusedForm form, const std::option
   });
 }
 
-// How the fused kernel computes the call; kNone where columns must.
+// The fused kernel's form for the call; kNone if the call must use columns.
 template <typename scalar_t>
 FusedForm fused_form_of(const DeviceCall<scalar_t>& call, const std::optional<Tensor>& bias) {
   if (call.geometry.groups > 1 || (bias && bias->stride(0) != 1)) return FusedForm::kNone;

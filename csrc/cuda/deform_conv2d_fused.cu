@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The form of Note [Fused forward] for compute capability 8.0 and later, and the choice between the forms. A block
-// gathers a step's left operand [kRows, 64] into shared memory, swizzled as ldmatrix likes it, while it multiplies the
-// step before; weights come by asynchronous copies into a ring of kStages.
+// gathers a step's left operand [kRows, 64] into shared memory, swizzled to avoid bank conflicts in ldmatrix, while it
+// multiplies the previous step. Asynchronous copies load the weights into a ring of kStages.
 #include "deform_conv2d_fused.cuh"
 
 #include "deform_conv2d_fused_forms.h"
@@ -17,11 +17,11 @@ struct Mma {
   static constexpr int kThreads = (kRows / kWarpRows) * (kColumns / kWarpColumns) * 32;
   static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
   static constexpr int kVectors = kRows * 8 / kThreads,
-                       kVectorRows = kThreads / 8;  // of a thread in a step; between them
+                       kVectorRows = kThreads / 8;  // vectors of a thread in a step; rows between them
   static constexpr int kOperandBytes = kRows * kRowBytes, kStageBytes = kColumns * kRowBytes;
   static constexpr int kTapBytes = kRows * kEntryBytes, kWeights = kTapBytes / 2, kPitch = kColumns * 2 + 16;
 
-  // Two left operands, the ring of weights and the table; in their place, later, the result and its rows.
+  // Two left operands, the ring of weights and the table; later the result and its rows overwrite them.
   __host__ __device__ static constexpr int shared_bytes(int taps) {
     const int gather = 2 * kOperandBytes + kStages * kStageBytes + taps * kTapBytes;
     const int result = kRows * kPitch + kRows * 4;
@@ -38,13 +38,13 @@ struct Mma {
     }
   };
 
-  // Where the samples of a step are: the thread's first entry in the table, and its channels, in vectors.
+  // The samples of a step: the thread's first entry in the table, and its channels, in vectors.
   struct Place {
     uint32_t entry, channel;
   };
 
-  // Multiplies a step, and gathers the next one's operand from what `slots` hold and from `next`, loading the first
-  // vectors of the step after that from `after`.
+  // Multiplies a step. Meanwhile gathers the next step's operand from `slots` and `next`, and loads the first vectors
+  // of the step after that from `after`.
   template <bool kGather>
   __device__ __forceinline__ static void step(const void* input, float (&sum)[kRowTiles][kColumnTiles][4],
                                               Slot (&slots)[2], uint32_t operand, uint32_t target, uint32_t weights,
@@ -137,7 +137,7 @@ struct Mma {
 
       const int32_t group_end = done + plan.group_steps;
       Place place{own_table, offset_group * (call.channels / call.offset_groups / 8) + thread % 8u};
-      const auto advance_to = [&](int32_t step) {  // beyond the last step, it stays
+      const auto advance_to = [&](int32_t step) {  // stays at the last step
         if (step >= group_end) return;
         place.entry += kTapBytes;
         if (place.entry != own_table + plan.table_end) return;
@@ -189,7 +189,7 @@ struct Mma {
       }
     }
 
-    // The result through shared memory, so that whole rows are written.
+    // The result passes through shared memory, so that whole rows are written.
     int32_t* const rows = reinterpret_cast<int32_t*>(shared + kRows * kPitch);
     for (int32_t i = thread; i < kRows; i += kThreads) {
       rows[i] = first_row + i < call.positions() ? output_position(call, first_row + i).row(call) : -1;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(Form::kThreads, Form::kResident)
   Form::run(call, plan);
 }
 
-// Calls body with the form that suits the number of output channels.
+// Calls body with the form for the number of output channels.
 template <typename scalar_t, typename Body>
 auto with_mma_form(const FusedForward& call, const Body& body) {
   if (call.out_channels % 256 == 0) return body(Mma<scalar_t, 128, 256, 64, 64, 2, 1>{});
@@ -238,9 +238,9 @@ void run_mma(const FusedForward& call, int32_t device) {
   });
 }
 
-// Fewer blocks leave so many multiprocessors without work that the columns are quicker.
+// With fewer blocks too many multiprocessors are idle, and columns are faster.
 bool occupies(const FusedForward& call, const FusedShape& shape, int32_t device) {
-  constexpr double kLeastBlocks = 0.6;  // for each multiprocessor; measured on an H100
+  constexpr double kLeastBlocks = 0.6;  // per multiprocessor; measured on an H100
   const int64_t blocks = int64_t{call.positions() + shape.rows - 1} / shape.rows * (call.out_channels / shape.columns);
   return blocks >= kLeastBlocks * multiprocessors(device);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both forms of Note [Fused forward] share: where a block's positions and samples lie, and how samples are
-// blended.
+// Code that both forms of Note [Fused forward] share: the positions and samples of a block, and the blending of
+// samples.
 #pragma once
 
 #include "deform_conv2d_fused.h"
@@ -10,12 +10,12 @@ namespace mmdcn {
 
 constexpr int32_t kChunk = 64;       // channels of a step
 constexpr int32_t kRowBytes = 128;   // of a chunk
-constexpr int32_t kEntryBytes = 32;  // of a sample in the table: its vectors, then, kRows entries on, its weights
+constexpr int32_t kEntryBytes = 32;  // of a sample in the table: its vectors and, kRows entries later, its weights
 
-// What follows from a call and its form. It is computed by the host, since a parameter takes no register.
+// Quantities that follow from a call and its form. The host computes them: kernel parameters take no registers.
 struct FusedSteps {
-  int32_t tiles, column_tiles;  // blocks of output; those of the same positions
-  int32_t steps, group_steps;   // of a block; of one of its offset groups
+  int32_t tiles, column_tiles;  // tiles of the output; tiles with the same positions
+  int32_t steps, group_steps;   // steps of a tile; of one of its offset groups
   int32_t table_end;            // bytes of an offset group's table
   int32_t table_bytes;          // of shared memory for it
 
@@ -39,7 +39,7 @@ struct OutputPosition {
   }
 };
 
-// Position `index` in the order of the note.
+// The position at `index` in the note's order.
 __device__ __forceinline__ OutputPosition output_position(const FusedForward& call, int32_t index) {
   const int32_t image_size = call.out_height * call.out_width, image = index / image_size;
   const int32_t in_image = index - image * image_size, band_size = call.band * call.out_width;
@@ -75,7 +75,7 @@ __device__ __forceinline__ FusedSample fused_sample(const FusedForward& call, co
   const int32_t pixel = call.channels / 8, row = call.width * pixel;
   const int32_t first = ((at.image * call.height + top) * call.width + left) * pixel;
   const float top_weight = (1 - fy) * mask, bottom_weight = fy * mask;
-  // Outside, a NaN of the place and 0 times an infinite mask still show.
+  // Outside, a NaN coordinate and 0 times an infinite mask still give NaN.
   const float outside = inside ? 0.0f : (isnan(y) || isnan(x) ? NAN : 0.0f * mask);
   FusedSample sample;
   sample.vectors.x = has_top && has_left ? first : call.zeros;
@@ -93,7 +93,7 @@ __device__ __forceinline__ const char* vector_at(const void* base, uint32_t vect
   return static_cast<const char*>(base) + static_cast<int64_t>(static_cast<int32_t>(vector)) * 16;
 }
 
-// A 16-byte vector of channels of each corner.
+// A 16-byte vector of channels from each corner.
 struct FusedCorners {
   uint4 values[4];
 
@@ -104,7 +104,7 @@ struct FusedCorners {
     values[3] = load_global(vector_at(base, vectors.w + channel));
   }
 
-  // The two channels of a word, one of four.
+  // Blends the two channels of one of the four words.
   template <typename scalar_t>
   __device__ __forceinline__ uint32_t blend(const float4& weights, int32_t word) const {
     switch (word) {
@@ -131,7 +131,7 @@ struct FusedCorners {
   }
 };
 
-// Two adjacent output channels, with their bias.
+// Two adjacent output channels, bias added.
 template <typename scalar_t>
 __device__ __forceinline__ uint32_t with_bias(const FusedForward& call, int32_t channel, float low, float high) {
   if (call.bias) {

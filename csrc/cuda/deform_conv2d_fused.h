@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Note: [Fused forward]
 //
-// In half types a forward need not write columns: the samples are gathered straight into the operand of the tensor
-// cores. It fits if there is one weight group, and C_in/G and C_out are multiples of 64; the weight is packed for it.
+// In half types the forward can skip the columns: samples are gathered directly into the tensor cores' operand. This
+// requires one weight group, and multiples of 64 for C_in/G and C_out; the weight is packed for it.
 //
-// A block computes kRows output positions x kColumns output channels. It goes through the offset groups, then through
-// their chunks of 64 channels, then through the taps: a step is [kRows, 64] x [64, kColumns]. Where the samples of an
-// offset group lie, and with what weights, is in a table in shared memory: four 16-byte vectors, relative to the input,
-// and four weights, mask included. A corner outside the image points to a page of zeros, so that the loop has no
-// conditions, and no NaN of another pixel enters. While the tensor cores multiply one step, the next one's samples are
-// loaded and blended.
+// A block computes kRows output positions x kColumns output channels. It loops over the offset groups, over their
+// chunks of 64 channels, and over the taps: a step is [kRows, 64] x [64, kColumns]. A table in shared memory holds the
+// samples of an offset group: the indices of four 16-byte vectors, relative to the input, and four weights, mask
+// included. A corner outside the image points to zeros, so the loop has no conditions, and no other pixel's NaN enters.
+// While the tensor cores multiply one step, the samples of the next are loaded and blended.
 //
-// Positions are numbered image by image, in bands of a few rows, and in a band column by column: those of a block then
-// share most of their pixels, which come from the multiprocessor's own cache.
+// Positions are ordered image by image, in bands of a few rows, and column by column within a band: the positions of a
+// block then share most of their pixels, which are read from the L1 cache.
 //
 // There are two forms: `wgmma` for compute capability 9.0, and `mma.sync` for 8.0 and later.
-//   wgmma     a warp gathers its 16 rows straight into the fragments of registers that are the left operand. A thread's
-//             fragments of a step are 16 channels of two rows, (2t, 2t+1, 2t+8, 2t+9) of each 16; the channels of the
-//             packed weight are permuted so that these are two 16-byte vectors of each pixel.
-//   mma.sync  all warps gather the left operand into shared memory, for the next step.
+//   wgmma     a warp gathers its 16 rows directly into the register fragments of the left operand. A thread's fragments
+//             of a step are 16 channels of two rows, (2t, 2t+1, 2t+8, 2t+9) of each 16. The channels of the packed
+//             weight are permuted so that these are two 16-byte vectors of each pixel.
+//   mma.sync  all warps gather the left operand of the next step into shared memory.
 #pragma once
 
 #include <cstdint>
@@ -36,15 +35,15 @@ struct FusedForward {
   int32_t batch, height, width, channels, out_height, out_width, out_channels;
   int32_t taps, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
   int32_t offset_groups;
-  int32_t zeros;  // where C_in zeros lie, in 16-byte vectors from the input
-  int32_t band;   // rows of output positions
+  int32_t zeros;  // position of C_in zeros, in 16-byte vectors from the input
+  int32_t band;   // rows of output positions in a band
 
   C10_HOST_DEVICE int32_t positions() const { return batch * out_height * out_width; }
 };
 
 enum class FusedForm { kNone, kMma, kWgmma };
 
-// The form to run on a device, or kNone if none fits or the columns are quicker.
+// The form to run on a device, or kNone if none supports the call or columns are faster.
 FusedForm fused_form(const FusedForward& call, int32_t device);
 
 // Launches on the device's current stream. The output's type is half if `is_half`, else bfloat16.

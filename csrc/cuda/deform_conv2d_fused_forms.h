@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The form of Note [Fused forward] that compiles for compute capability 9.0 alone, in a source of its own.
+// The form of Note [Fused forward] that compiles only for compute capability 9.0, in a separate source.
 #pragma once
 
 #include "deform_conv2d_fused.h"
 
 namespace mmdcn {
 
-// Of a block: output positions, output channels, and bytes of shared memory.
+// A block's output positions, output channels and bytes of shared memory.
 struct FusedShape {
   int32_t rows, columns, shared_bytes;
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The form of Note [Fused forward] for compute capability 9.0. Thread 0 also copies the weights, one step in one bulk
-// copy, into a ring of kStages; a barrier for each stage says that it is full, another that it is empty.
+// The form of Note [Fused forward] for compute capability 9.0. Thread 0 also copies the weights into a ring of kStages,
+// one bulk copy for each step. Each stage has a barrier for full and one for empty.
 #include "deform_conv2d_fused.cuh"
 #include "deform_conv2d_fused_forms.h"
 #include "device.cuh"
@@ -19,14 +19,14 @@ struct Wgmma {
   static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps, kRows = 64 * kGroups;
   static constexpr int kColumns = kBlockColumns, kResident = kBlocks;
   static constexpr int kStageBytes = kColumns * kRowBytes, kWarpRows = 16;
-  static constexpr int kLag = kStages > 3 ? 3 : 2;            // steps until a stage is filled again
-  static constexpr int kHalves = kColumns > 128 ? 2 : 1;      // in which the result is written
-  static constexpr int kPitch = kColumns / kHalves * 2 + 16;  // of its rows
+  static constexpr int kLag = kStages > 3 ? 3 : 2;            // steps until a stage is refilled
+  static constexpr int kHalves = kColumns > 128 ? 2 : 1;      // parts in which the result is written
+  static constexpr int kPitch = kColumns / kHalves * 2 + 16;  // row pitch of the result
   static constexpr int kTapBytes = kWarpRows * kEntryBytes, kWeights = kTapBytes / 2;
   static constexpr int kAhead = 2;  // vectors that are loaded before they are blended
 
-  // Shared memory: the ring of weights, its barriers, the rows of each warp's positions, and each warp's table, in
-  // whose place its result is written.
+  // Shared memory: the ring of weights, its barriers, the rows of each warp's positions, and each warp's table, which
+  // its result overwrites.
   static constexpr int kBarriers = kStages * kStageBytes, kRowNumbers = kBarriers + kStages * 16;
   static constexpr int kTables = kRowNumbers + kWarps * kWarpRows * 4;
 
@@ -57,7 +57,7 @@ struct Wgmma {
 
     // The number of blocks is a multiple of the column tiles: all tiles of a block have the same weights.
     const int32_t column_tile = blockIdx.x % plan.column_tiles;
-    int32_t copy_step = 0;  // of thread 0, which copies the weights of one step after the other
+    int32_t copy_step = 0;  // the step whose weights thread 0 copies next
     const auto copy_to = [&](int32_t stage) {
       arrive_expecting(full(stage), kStageBytes);
       const int64_t source = static_cast<int64_t>(copy_step * plan.column_tiles + column_tile) * kStageBytes;
@@ -76,7 +76,7 @@ struct Wgmma {
     uint32_t parity = 0;
     const auto tile_of = [&](int32_t step) { return static_cast<int32_t>(blockIdx.x + step / plan.steps * gridDim.x); };
     float sum[kColumns / 2] = {};
-    while (done < total) {  // an offset group of a tile; which ones follows from `done`, so that they take no registers
+    while (done < total) {  // an offset group of a tile; both follow from `done`, which saves registers
       {
         const int32_t tile = tile_of(done), offset_group = done % plan.steps / plan.group_steps;
         const int32_t position = tile / plan.column_tiles * kRows + warp * kWarpRows + lane % kWarpRows;
@@ -94,14 +94,14 @@ struct Wgmma {
 
         uint32_t operand[2][16];
         FusedCorners corners[kAhead];
-        // Loads run kAhead vectors before blends. A step has four: of row `quad`, then of row `quad` + 8, the two
-        // vectors of 8 channels, at `in_quad` and 4 on.
+        // Loads run kAhead vectors ahead of blends. A step has four vectors of 8 channels: those at `in_quad` and
+        // `in_quad` + 4 of row `quad`, then of row `quad` + 8.
         const uint32_t own_table = table + quad * 16;
         const char* load_channel = static_cast<const char*>(call.input) + in_quad * 16 +
                                    offset_group * (call.channels / call.offset_groups) * 2;
         int32_t load_tap = 0, blend_tap = 0;  // in bytes of the table
         const int32_t group_end = done + plan.group_steps;
-        const auto advance_loads = [&]() {  // beyond the last step, it stays
+        const auto advance_loads = [&]() {  // stays at the last step
           if (done + 1 >= group_end) return;
           load_tap += kTapBytes;
           if (load_tap != plan.table_end) return;
@@ -145,7 +145,7 @@ struct Wgmma {
             stage = 0;
             parity ^= 1;
           }
-          if (++done < total) wait(full(stage), parity);  // it also keeps the gather behind the products
+          if (++done < total) wait(full(stage), parity);  // also keeps the gather after the products
           gather(next);
 #pragma unroll
           for (int32_t i = 0; i < 16; ++i) {
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(Form::kThreads, Form::kResident)
   Form::run(call, plan);
 }
 
-// Calls body with the form that suits the number of output channels.
+// Calls body with the form for the number of output channels.
 template <typename scalar_t, typename Body>
 auto with_wgmma_form(const FusedForward& call, const Body& body) {
   if (call.out_channels % 256 == 0) return body(Wgmma<scalar_t, 2, 256, 3, 1>{});

@@ -9,9 +9,9 @@
 
 namespace mmdcn {
 
-// The weight [C_out, C_in, kh, kw] as [C_in/64, K, C_out, 64] for Note [Fused forward]: the 16-byte vectors of a row
-// are swizzled by its number, as the tensor cores read them from shared memory, and for `wgmma` channels are permuted.
-// C_in zeros follow.
+// Packs the weight [C_out, C_in, kh, kw] as [C_in/64, K, C_out, 64] for Note [Fused forward], followed by C_in zeros.
+// The 16-byte vectors of a row are swizzled by the row's index, as the tensor cores read them from shared memory. For
+// `wgmma` the channels are permuted.
 template <typename scalar_t>
 struct PackWeight {
   static constexpr uint32_t kResident = 0, kChunk = 64, kVector = 8, kBlockVectors = 256;
@@ -38,10 +38,10 @@ struct PackWeight {
     }
   }
 
-  // The channel of a chunk that is number `place` in a row of the packed weight.
+  // The channel of a chunk that is at `place` in a row of the packed weight.
   C10_HOST_DEVICE uint32_t channel(uint32_t place) const {
     if (!is_wgmma) return place;
-    const uint32_t product = place / 16, in_product = place % 16;  // of the four of a step
+    const uint32_t product = place / 16, in_product = place % 16;  // a step has four products
     const uint32_t thread = in_product % 8 / 2, of_thread = in_product / 8 * 2 + in_product % 2;
     return product / 2 * 32 + thread * 8 + product % 2 * 4 + of_thread;
   }

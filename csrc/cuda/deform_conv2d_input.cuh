@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the gradient of a tile's columns to that of the input. See Note [Deformable convolution on CUDA].
+// The gradient of the input from the gradient of a tile's columns. See Note [Deformable convolution on CUDA].
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -11,9 +11,9 @@
 
 namespace mmdcn {
 
-// Adds to the image by atomics. A block takes at most 9 taps of one offset group at a patch, one warp each: it sorts
-// the corners of their samples by pixel, and adds up those of a pixel before it adds them to the image. The rate of the
-// atomics is what bounds the kernel. kLanes lanes share a pixel; they have no more than one vector each if kSingle.
+// Adds to the image with atomics. A block processes at most 9 taps of one offset group for a patch, one warp each. It
+// sorts the corners of the samples by pixel and sums those of a pixel before it adds them to the image, since the
+// kernel is bound by the rate of atomics. kLanes lanes share a pixel; with kSingle each has at most one vector.
 template <typename scalar_t, int kVector, int kLanes, bool kSingle>
 struct AddToInput {
   using T = compute_t<scalar_t>;
@@ -25,10 +25,10 @@ struct AddToInput {
   static constexpr uint32_t kSlotRows = 32, kSlotColumns = 64, kSlots = kSlotRows * kSlotColumns, kNone = ~0u;
   static_assert(kSlots > kCorners);
 
-  // Of a hash table of pixels.
+  // A slot of a hash table of pixels.
   struct alignas(8) Slot {
     uint32_t pixel;
-    uint32_t corners;  // how many; then where in the sorted list: first | number << 16
+    uint32_t corners;  // the number of corners; later their range in the sorted list: first | number << 16
 
     C10_DEVICE uint32_t begin() const { return corners & 0xffff; }
     C10_DEVICE uint32_t end() const { return begin() + (corners >> 16); }
@@ -42,7 +42,7 @@ struct AddToInput {
   struct Shared {
     Slot slots[kSlots];
     Corner corners[kCorners];
-    uint16_t used[kCorners];  // the slots
+    uint16_t used[kCorners];  // the slots in use
     uint32_t used_count, corner_count;
   };
 
@@ -75,7 +75,7 @@ struct AddToInput {
   }
 
  private:
-  // The places: slot | rank among its corners << 16.
+  // Sets places to slot | rank among the slot's corners << 16.
   C10_DEVICE void count_corners(const Point<T>& point, Shared& shared, uint32_t (&places)[4],
                                 const Threads& threads) const {
     bool inside[4];
@@ -94,19 +94,19 @@ struct AddToInput {
     }
   }
 
-  // Pixels that lie close to each other have slots that do: two rows of 16 are half of a warp's. They share most of
-  // their samples, whose columns then come from the multiprocessor's own cache.
+  // Nearby pixels have nearby slots: 32 adjacent slots are two rows of 16 pixels. They share most of their samples,
+  // whose columns are then read from the L1 cache.
   C10_DEVICE static uint32_t first_slot(uint32_t y, uint32_t x) {
     return y % kSlotRows / 2 * (2 * kSlotColumns) + x % kSlotColumns * 2 + y % 2;
   }
 
-  // Lists the slots in use, and gives each its part of the sorted list, in the order of the slots of a warp.
+  // Lists the slots in use and assigns each its range of the sorted list, in the order of a warp's slots.
   C10_DEVICE void divide_list(Shared& shared, const Threads& threads) const {
     for (uint32_t first = threads.group * kWarp; first < kSlots; first += kThreads) {
       const uint32_t slot = first + threads.lane, count = shared.slots[slot].corners;
       const uint32_t used = threads.ballot(count > 0);
       if (used == 0) continue;
-      uint32_t until = count;  // the end of the part, from the warp's first on
+      uint32_t until = count;  // the end of the range, counted from the warp's first corner
       for (uint32_t distance = 1; distance < kWarp; distance *= 2) {
         const uint32_t before = threads.shuffle_up(until, distance);
         until += threads.lane >= distance ? before : 0;
@@ -123,7 +123,7 @@ struct AddToInput {
     }
   }
 
-  // Those of a pixel in the order of their columns, whatever order they came in.
+  // Sorts the corners of each pixel by column, so that the order in which the threads counted them does not matter.
   C10_DEVICE void sort_corners(const Point<T>& point, uint32_t column, Shared& shared, uint32_t (&places)[4],
                                const Threads& threads) const {
 #pragma unroll
@@ -170,7 +170,7 @@ struct AddToInput {
 
   C10_DEVICE void add_corners(const Corner* corners, const Slot& slot, const V* columns, T* target,
                               const Threads& threads) const {
-    // Several at a time, so that their loads overlap; beyond the last, that one again, with a weight of 0.
+    // Several at a time, so that their loads overlap; after the last one, it is repeated with weight 0.
     T sum[kVector] = {};
 #pragma unroll 1
     for (uint32_t first = slot.begin(); first < slot.end(); first += kBatch) {
@@ -196,14 +196,14 @@ struct AddToInput {
   }
 };
 
-constexpr int32_t kNoPixel = INT32_MAX;  // of a corner outside; it sorts last
+constexpr int32_t kNoPixel = INT32_MAX;  // for a corner outside the image; sorts last
 
-// The corners of a tile, in an order that does not change: corner k of the sample of a tap and an offset group at a
-// position has the number 4 * ((position * K + tap) * G + offset_group) + k.
+// The corners of a tile in a fixed order: corner k of the sample of a tap and an offset group at a position has the
+// index 4 * ((position * K + tap) * G + offset_group) + k.
 template <typename T>
 struct Corners {
   int32_t* pixels;  // pixel of the batch * G + offset group, or kNoPixel
-  T* weights;       // the mask included
+  T* weights;       // mask included
 };
 
 template <typename scalar_t, int kVector>
@@ -239,8 +239,8 @@ struct ListCorners {
   }
 };
 
-// Adds the corners up in the order of their numbers, pixel by pixel. A warp takes the pixels whose corners begin in 32
-// adjacent places of the sorted list; its groups of kLanes lanes take turns with the corners of a pixel.
+// Sums the corners of each pixel in the order of their indices. A warp processes the pixels whose corners begin at one
+// of 32 adjacent places of the sorted list; its groups of kLanes lanes take turns with the corners of a pixel.
 template <typename scalar_t, int kVector, int kLanes>
 struct AddSortedCorners {
   using T = compute_t<scalar_t>;
@@ -252,7 +252,7 @@ struct AddSortedCorners {
 
   Tile<scalar_t, kVector> tile;
   Corners<T> corners;
-  const int64_t* order;  // of the corners, by pixel, then by number
+  const int64_t* order;  // indices of the corners, sorted by pixel, then by index
   T* grad_input;         // [B*H*W, C_in]
 
   C10_HOST_DEVICE uint32_t count() const { return 4 * tile.count * tile.taps.divisor * tile.offset_groups.divisor; }
@@ -299,7 +299,7 @@ struct AddSortedCorners {
     }
   }
 
-  // Those of the pixel from a place on, one per lane; gives how many there are.
+  // Adds up to kWarp corners of the pixel from a place on, one per lane, and returns their number.
   C10_DEVICE uint32_t add_corners(uint32_t place, int32_t own_pixel, bool active, const V* columns, T (&sum)[kVector],
                                   const Threads& threads) const {
     const uint32_t corner = place + threads.lane < count() ? load(order + place + threads.lane) : 0;
@@ -309,7 +309,7 @@ struct AddSortedCorners {
     const uint32_t found = bits_set(threads.ballot(own));
     const uint32_t group = threads.lane / kLanes;
 #pragma unroll 4
-    for (uint32_t i = group; i < found + group; i += kGroups) {  // as often for each group
+    for (uint32_t i = group; i < found + group; i += kGroups) {  // the same number of turns for each group
       const uint32_t from = i < found ? i : 0;
       const T weight = threads.shuffle(own_weight, from);
       const uint32_t column = threads.shuffle(own_column, from);

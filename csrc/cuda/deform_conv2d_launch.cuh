@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the kernels are launched for the tiles of a call. See Note [Deformable convolution on CUDA].
+// Launches of the kernels for the tiles of a call. See Note [Deformable convolution on CUDA].
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace mmdcn {
 
-// One call, and one tile of it.
+// A call and one of its tiles.
 template <typename scalar_t>
 struct Sampling {
   using T = compute_t<scalar_t>;
@@ -29,11 +29,11 @@ struct Sampling {
   int32_t device;
 };
 
-// Whether no number that the kernels hold in 32 bits is too large for a call of so many images, and for tiles of so
-// many positions. Fewer of either may fit, unless an image alone has too many pixels.
+// Whether 32 bits suffice for all numbers that the kernels hold in 32 bits, for this number of images and tiles of this
+// many positions. Fewer of either may fit, unless a single image has too many pixels.
 inline bool fits(const ConvGeometry& g, int64_t pixel_stride, int64_t tile_positions) {
   constexpr double kSigned = int64_t{1} << 31, kUnsigned = 2 * kSigned, kCoordinate = kSigned / 2;
-  const auto product = [](auto... factors) { return (static_cast<double>(factors) * ...); };  // it does not overflow
+  const auto product = [](auto... factors) { return (static_cast<double>(factors) * ...); };  // cannot overflow
   const auto farthest = [&](int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
     return product(out - 1, stride) + product(kernel - 1, dilation);
   };
@@ -53,7 +53,7 @@ constexpr int64_t kPatchWidth = 8;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether no vector of channels crosses a group or begins at an odd address.
+// Whether every vector of channels is aligned and lies within one group.
 template <typename scalar_t>
 bool is_vectorized(const Sampling<scalar_t>& s) {
   constexpr int kVector = kMaxVector<scalar_t>;
@@ -61,8 +61,8 @@ bool is_vectorized(const Sampling<scalar_t>& s) {
          s.pixel_stride % kVector == 0 && reinterpret_cast<uintptr_t>(s.input) % kVectorBytes == 0;
 }
 
-// Patches, as many as there are for `warps` warps each, are made smaller for a tile of few positions, lest
-// multiprocessors of the device be left without work.
+// A patch is processed by `warps_per_patch` warps. In a tile of few positions, patches are made smaller until there are
+// `wanted_warps` warps, so that no multiprocessor is idle.
 template <typename scalar_t, int kVector>
 Tile<scalar_t, kVector> make_tile(const Sampling<scalar_t>& s, int64_t warps_per_patch, int64_t wanted_warps) {
   const ConvGeometry& g = s.geometry;
@@ -109,7 +109,7 @@ Tile<scalar_t, kVector> make_tile(const Sampling<scalar_t>& s, int64_t warps_per
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
-// Calls body(vector, lanes): how many channels a lane takes at a time, and how many lanes share a sample.
+// Calls body(vector, lanes): the number of channels that a lane processes at a time, and of lanes that share a sample.
 template <typename scalar_t, typename Body>
 void with_vector_and_lanes(const Sampling<scalar_t>& s, const Body& body) {
   constexpr Constant<kMaxVector<scalar_t>> vector;
@@ -120,7 +120,7 @@ void with_vector_and_lanes(const Sampling<scalar_t>& s, const Body& body) {
   body(vector, Constant<8>());
 }
 
-// Calls body(vector, lanes, single): whether those lanes have no more than one vector each, too.
+// Calls body(vector, lanes, single): `single` tells whether each lane has at most one vector.
 template <typename scalar_t, typename Body>
 void with_single(const Sampling<scalar_t>& s, const Body& body) {
   with_vector_and_lanes(s, [&](auto vector, auto lanes) {
@@ -151,8 +151,8 @@ void launch_sample_columns(const Sampling<scalar_t>& s) {
   launching::launch_columns<false, true>(s, nullptr, nullptr);
 }
 
-// Writes the gradients of offset [B, 2*G*K, H_out, W_out] and mask [B, G*K, H_out, W_out], both dense, null where not
-// needed, from the columns' gradient, and puts the samples in its place if `samples`.
+// Writes the gradients of offset [B, 2*G*K, H_out, W_out] and mask [B, G*K, H_out, W_out] from the columns' gradient;
+// both are dense, and null if not needed. If `samples`, then overwrites the columns with the samples.
 template <typename scalar_t>
 void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_offset, compute_t<scalar_t>* grad_mask,
                           bool samples) {
@@ -165,7 +165,7 @@ void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad
   }
 }
 
-// Adds the gradient of the input to grad_input [B*H*W, C_in], at a multiple of kVectorBytes, from the columns'.
+// Adds the gradient of the input, from the columns' gradient, to grad_input [B*H*W, C_in], aligned to kVectorBytes.
 template <typename scalar_t>
 void launch_input_gradient(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input) {
   if (s.count == 0) return;
@@ -176,8 +176,8 @@ void launch_input_gradient(const Sampling<scalar_t>& s, compute_t<scalar_t>* gra
   });
 }
 
-// The same in an order that does not change, in two steps, between which the host sorts: `order` is the stable argsort
-// of the pixels. All have 4 * count * K * G elements.
+// The same in a fixed order, in two steps. In between, the host sorts: `order` is the stable argsort of the pixels. All
+// arrays have 4 * count * K * G elements.
 template <typename scalar_t>
 void launch_list_corners(const Sampling<scalar_t>& s, const Corners<compute_t<scalar_t>>& corners) {
   if (s.count == 0) return;

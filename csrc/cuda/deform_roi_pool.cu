@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the host does. See Note [Deformable RoI pooling on CUDA].
+// The host code. See Note [Deformable RoI pooling on CUDA].
 #include "deform_roi_pool_input.cuh"
 #include "deform_roi_pool_patches.cuh"
 #include "deform_roi_pool_vectors.cuh"
@@ -14,12 +14,12 @@
 namespace mmdcn {
 namespace {
 
-// As it is, if it has the type and is contiguous.
+// Returns the tensor itself if it has the type and is contiguous.
 Tensor contiguous_values(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type && tensor.is_contiguous() ? tensor : contiguous_as(tensor, type);
 }
 
-// The tensors that say where each bin samples, in the compute type.
+// The tensors that determine where each bin samples, in the compute type.
 template <typename T>
 class RoITensors {
  public:
@@ -43,7 +43,7 @@ ImageView<scalar_t> image_view(const Tensor& images) {
           images.stride(3)};
 }
 
-// Whether bins [N, C, ph, pw] have one stride, over the rows too.
+// Whether the bins of [N, C, ph, pw] have one stride, also across rows.
 bool has_bin_stride(const Tensor& bins) {
   return bins.size(2) == 1 || bins.size(3) == 1 || bins.stride(2) == bins.size(3) * bins.stride(3);
 }
@@ -54,7 +54,7 @@ BinView<scalar_t> bin_view(const Tensor& bins) {
           bins.size(3) == 1 ? bins.stride(2) : bins.stride(3)};
 }
 
-// Whether the channels of each pixel may be read and written in vectors.
+// Whether the channels of each pixel can be read and written as vectors.
 template <typename scalar_t>
 bool has_vectors(const Tensor& images) {
   constexpr int kVector = kMaxVector<scalar_t>;
@@ -64,7 +64,7 @@ bool has_vectors(const Tensor& images) {
          images.stride(3) % kVector == 0;
 }
 
-// Kernels count bins and channels in 32 bits.
+// The kernels index bins and channels with 32 bits.
 void check_counts(const RoIGeometry& g) {
   STD_TORCH_CHECK(g.channels <= INT32_MAX, "input must have fewer than 2^31 channels, got ", g.channels);
   STD_TORCH_CHECK(g.rois == 0 || g.bins() <= INT32_MAX / g.rois,

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// See Note [Deformable RoI pooling] for what a bin is.
+// Note [Deformable RoI pooling] defines a bin.
 //
 // Note: [Deformable RoI pooling on CUDA]
 //
-// A thread block locates some bins and lists the weights of their rows and columns in shared memory, once for all of
-// its channels. Then the lanes of a group share a bin: they move over channels, and each over all of the bin's pixels.
+// A thread block locates some bins and stores the weights of their rows and columns in shared memory, once for all
+// channels. Then the lanes of a group share a bin: each lane iterates over its channels and all pixels of the bin.
 //
-// Where channels are adjacent in memory and aligned (channels_last), a lane reads 16-byte vectors of them, and a block
-// has a few bins. Elsewhere (NCHW) a block has the bins of one region, and copies the patch of pixels around them to
-// shared memory, some channels at a time. Lanes are channels in either case, so no tensor is rearranged.
+// If channels are adjacent in memory and aligned (channels_last), a lane reads 16-byte vectors of channels, and a block
+// has a few bins. Otherwise (NCHW) a block has the bins of one region, and copies the patch of pixels around them to
+// shared memory, some channels at a time. Lanes correspond to channels in both cases, so no tensor is rearranged.
 //
-// The gradient of the input is gathered: a block owns a few pixels and goes over all bins that reach them, in their
-// order. So each pixel is written once, and there are neither atomics nor a copy in a wider type.
+// The gradient of the input is gathered: a block owns a few pixels and iterates over all bins that cover them, in
+// order. So each pixel is written once, without atomics and without a copy in a wider type.
 //
-// This file is what the threads of a block compute, for any number of them. It is C++ without CUDA, so that the host
-// can run it too (tests/cuda_host).
+// This file contains what the threads of a block compute, for any number of threads. It is C++ without CUDA, so the
+// host can run it too (tests/cuda_host).
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -27,7 +27,7 @@
 
 namespace mmdcn {
 
-constexpr uint32_t kBlockThreads = 256;  // at most
+constexpr uint32_t kBlockThreads = 256;  // maximum
 
 // Images [B, C, H, W] of any strides.
 template <typename scalar_t>
@@ -56,7 +56,7 @@ struct Span {
   int32_t begin, end;
 
   C10_HOST_DEVICE int32_t size() const { return end - begin; }
-  // Without a branch, after which the other end would be loaded.
+  // `&` instead of `&&`, so that both ends are loaded together.
   C10_HOST_DEVICE bool reaches(int32_t first, int32_t count) const { return (begin < first + count) & (end > first); }
   C10_HOST_DEVICE void unite(const Span& other) {
     if (other.size() == 0) return;
@@ -71,7 +71,7 @@ struct alignas(16) Box {
   C10_HOST_DEVICE void unite(const Box& other) { y.unite(other.y), x.unite(other.x); }
 };
 
-// The pixels that may have a weight; none if all samples are far beyond the image.
+// The pixels that can have a nonzero weight; none if all samples are far outside the image.
 template <typename T>
 C10_HOST_DEVICE Span span_of(const AxisSamples<T>& axis) {
   const T last = axis.first + axis.step * (axis.count - 1);
@@ -86,7 +86,7 @@ C10_HOST_DEVICE Box box_of(const Bin<T>& bin) {
   return {y, x};
 }
 
-// One image, of which kVector channels are read: adjacent ones as a vector, if kAdjacent.
+// Reads kVector channels of an image, as one vector if kAdjacent.
 template <typename scalar_t, int kVector, bool kAdjacent, typename Stride>
 struct Pixels {
   const scalar_t* first;
@@ -122,11 +122,11 @@ struct LocatedBins {
 
   Bin<T> bins[kBins];
   Box boxes[kBins];
-  Box all;                                      // of them
-  T empty_sums[kBins];                          // NaN if the bin is no number
-  uint32_t counts[kBins];                       // of weights
-  uint32_t firsts[kBins];                       // of the weights of its rows, and then of its columns
-  alignas(16) AxisWeight<T> weights[kWeights];  // what does not fit is computed where it is needed
+  Box all;                                      // the union of the boxes
+  T empty_sums[kBins];                          // NaN if the bin's coordinates are NaN, else 0
+  uint32_t counts[kBins];                       // number of weights of each bin
+  uint32_t firsts[kBins];                       // first weight of each bin; its rows come first, then its columns
+  alignas(16) AxisWeight<T> weights[kWeights];  // weights that do not fit are computed at each use
 
   C10_HOST_DEVICE uint32_t sum_of_counts(uint32_t end) const {
     uint32_t sum = 0;
@@ -164,7 +164,7 @@ struct LocatedBins {
     });
   }
 
-  // Adds what the bin's gradient gives to those of its place.
+  // Adds the bin's contribution to the gradients of its coordinates.
   template <typename AllPixels, int kVector>
   C10_HOST_DEVICE void add_position_gradient(uint32_t i, const AllPixels& pixels, const T (&grad)[kVector], T& grad_y,
                                              T& grad_x) const {
@@ -186,14 +186,14 @@ struct LocatedBins {
  private:
   static constexpr int32_t kColumns = 4;
 
-  // Adjacent columns, some of which have a weight.
+  // Adjacent columns, and which of them have a nonzero weight.
   struct Columns {
     AxisWeight<T> weights[kColumns];
     bool has[kColumns];
   };
 
-  // Calls body(first pixel, weights of the row, columns) for each row of each kColumns columns of the bin, if it has a
-  // weight. Columns are outside, so that their weights stay in registers.
+  // Calls body(first pixel, weights of the row, columns) for each row with a nonzero weight, for every kColumns columns
+  // of the bin. Columns are the outer loop, so their weights stay in registers.
   template <typename AllPixels, typename Body>
   C10_HOST_DEVICE void for_each_row(uint32_t i, const AllPixels& pixels, const Body& body) const {
     const Box box = boxes[i];
@@ -259,7 +259,7 @@ struct RoIs {
       }
     }
     threads.sync();
-    constexpr uint32_t kShares = 16;  // of threads in a bin
+    constexpr uint32_t kShares = 16;  // threads that share a bin
     for (uint32_t j = threads.index(); j < block.count * kShares; j += threads.count()) {
       const uint32_t i = j / kShares, first = located.firsts[i], count = located.counts[i];
       const Bin<T>& bin = located.bins[i];

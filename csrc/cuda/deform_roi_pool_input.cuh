@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of the input, gathered from the gradients of all bins that reach a block's pixels.
+// The gradient of the input, gathered from the gradients of all bins that cover a block's pixels.
 #pragma once
 
 #include "deform_roi_pool_bins.cuh"
 
 namespace mmdcn {
 
-// What LocateRegions leaves of each region and bin.
+// What LocateRegions computes for each region and bin.
 template <typename T>
 struct BinTable {
-  Box* boxes;    // [N*P], of bins
+  Box* boxes;    // [N*P], one for each bin
   Box* regions;  // [N]
   Bin<T>* bins;  // [N*P]
 
@@ -72,14 +72,14 @@ struct GatherGradient {
   static constexpr uint32_t kResident = sizeof(T) == 4 ? 3 : 1;
   static constexpr uint32_t kRows = 4, kColumns = 8, kLanes = kRows * kColumns;
   static constexpr uint32_t kLaneChannels = 32;  // channels of a thread
-  static constexpr uint32_t kGradients = 2;      // of the output, at a time; more would spill registers
+  static constexpr uint32_t kGradients = 2;      // output gradients at a time; more would spill registers
   static constexpr uint32_t kGroups = kBlockThreads / kLanes;
 
   struct Shared {
     uint32_t votes[kGroups];
     uint32_t rois[kBlockThreads];
     uint32_t bins[kBlockThreads];   // index of each bin among those of all regions
-    int64_t starts[kBlockThreads];  // of its gradients
+    int64_t starts[kBlockThreads];  // start of each bin's gradients
     T rows[kBlockThreads][kRows], columns[kBlockThreads][kColumns];
     alignas(kVectorBytes) T grads[kGroups][kGradients][kLaneChannels];
   };
@@ -127,7 +127,7 @@ struct GatherGradient {
     uint32_t own, all;
   };
 
-  // How many threads before this one are chosen, and how many there are.
+  // The number of chosen threads before this one, and in total.
   template <typename Threads>
   C10_HOST_DEVICE static Rank rank(bool chosen, Shared& shared, const Threads& threads) {
     const uint32_t vote = threads.ballot(chosen);
@@ -141,7 +141,7 @@ struct GatherGradient {
     return rank;
   }
 
-  // Chooses from as many regions as there are threads, in their order, those that reach the tile.
+  // From as many regions as there are threads, chooses those that cover the tile, in order.
   template <typename Threads>
   C10_HOST_DEVICE uint32_t choose_rois(const TileBlock& tile, uint32_t first, Shared& shared,
                                        const Threads& threads) const {
@@ -154,7 +154,7 @@ struct GatherGradient {
     return rank.all;
   }
 
-  // Likewise from the bins of these regions, and lists the weights that they have in the tile.
+  // Chooses from the bins of these regions in the same way, and lists their weights in the tile.
   template <typename Threads>
   C10_HOST_DEVICE uint32_t choose_bins(const TileBlock& tile, uint32_t first, uint32_t end, Shared& shared,
                                        const Threads& threads) const {
@@ -168,8 +168,8 @@ struct GatherGradient {
       shared.starts[rank.own] = roi * grad_output.roi_stride + index * grad_output.bin_stride;
     }
     threads.sync();
-    constexpr uint32_t kShares = 16;  // of threads in a bin; some have nothing to do
-#pragma unroll 1                      // or the sums would be spilled
+    constexpr uint32_t kShares = 16;  // threads that share a bin; some are idle
+#pragma unroll 1                      // otherwise the sums are spilled
     for (uint32_t j = threads.index(); j < rank.all * kShares; j += threads.count()) {
       const uint32_t i = j / kShares, k = j % kShares;
       if (k >= kRows + kColumns) continue;
@@ -195,7 +195,7 @@ struct GatherGradient {
     const uint32_t row = threads.lane / kColumns, column = threads.lane % kColumns;
     for (uint32_t first = 0; first < bins; first += kGradients) {
       const uint32_t count = bins - first < kGradients ? bins - first : kGradients;
-      scalar_t loaded[kGradients];  // so that they wait for memory together
+      scalar_t loaded[kGradients];  // loaded together, to overlap their latency
       for (uint32_t i = 0; i < kGradients; ++i) {
         if (i < count) loaded[i] = own[shared.starts[first + i]];
       }

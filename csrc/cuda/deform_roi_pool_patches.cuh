@@ -15,16 +15,16 @@ struct PatchBlock : BinBlock {
 struct Patch {
   Box box;
   uint32_t channel_stride;
-  int32_t log_channels;  // of as many as fit; -1 if not even one does
+  int32_t log_channels;  // log2 of the number of channels that fit; -1 if none does
 };
 
-constexpr uint32_t kPatchBins = 49;       // 7 x 7, as most have it; odd, so that channels are in different banks
-constexpr int32_t kLogPatchChannels = 4;  // of those at a time, at most
+constexpr uint32_t kPatchBins = 49;       // 7 x 7 is the usual size; odd, so that channels are in different banks
+constexpr int32_t kLogPatchChannels = 4;  // log2 of the maximum number of channels at a time
 constexpr uint32_t kPatchChannels = 1 << kLogPatchChannels;
-constexpr int64_t kBlockChannels = 32;  // of a block
+constexpr int64_t kBlockChannels = 32;  // channels of a block
 constexpr uint32_t kSharedBytes = 48 << 10;
 
-// Ours are what a body keeps for each bin and channel that it has at a time.
+// `Ours` is the data that a body keeps for each bin and channel of the current ones.
 template <typename scalar_t, int kLaneChannels>
 struct PatchShared {
   using T = compute_t<scalar_t>;
@@ -39,7 +39,7 @@ struct PatchShared {
   scalar_t values[kValues];
 };
 
-// A bin and two channels of a patch, which share one look at its weights. Without a second channel the first is read
+// A bin and two channels of a patch, for which its weights are read once. Without a second channel the first is used
 // twice.
 struct ChannelPair {
   uint32_t bin, first, second;
@@ -62,7 +62,7 @@ struct PatchPooling : RoIs<scalar_t> {
   }
   C10_HOST_DEVICE uint32_t blocks() const { return this->geometry.rois * bin_blocks() * channel_blocks(); }
 
-  // All regions of some channels come first: what they share of the image stays in the cache.
+  // Blocks iterate over all regions before the next channels, so that the pixels which regions share stay in the cache.
   C10_HOST_DEVICE PatchBlock block(uint32_t index) const {
     const uint32_t bin_blocks = this->bin_blocks(), all_bin_blocks = this->geometry.rois * bin_blocks;
     const uint32_t channel_block = index / all_bin_blocks, bin_block_of_all = index % all_bin_blocks;
@@ -77,8 +77,8 @@ struct PatchPooling : RoIs<scalar_t> {
     return block;
   }
 
-  // Calls body(pair, first channel, pixels) for each bin and two of the channels from the first on; a thread has the
-  // same bins and channels each time. Whenever some channels are done, calls done(first of these channels, how many).
+  // Calls body(pair, first channel, pixels) for each bin and pair of channels; a thread has the same bins and channels
+  // each time. After each group of channels, calls done(first channel, number of channels).
   template <typename Threads, typename Body, typename Done>
   C10_HOST_DEVICE void for_each_pair(const PatchBlock& block, Shared& shared, const Threads& threads, const Body& body,
                                      const Done& done) const {
@@ -129,11 +129,11 @@ struct PatchPooling : RoIs<scalar_t> {
     return {box, static_cast<uint32_t>(stride), log_channels};
   }
 
-  // Copies channels from the patch's first pixel on.
+  // Copies channels of the patch, starting at its first pixel.
   template <typename Threads>
   C10_HOST_DEVICE void copy(const Patch& patch, const scalar_t* first_pixel, uint32_t channels, scalar_t* values,
                             const Threads& threads) const {
-    constexpr uint32_t kAtATime = 8;  // so that they wait for memory together
+    constexpr uint32_t kAtATime = 8;  // loads at a time, to overlap their latency
     const uint32_t width = patch.box.x.size(), pixels = patch.box.y.size() * width;
     for (uint32_t pixel = threads.index(); pixel < pixels; pixel += threads.count()) {
       const uint32_t row = pixel / width, column = pixel - row * width;
@@ -215,7 +215,7 @@ struct OffsetGradientPatches : PatchPooling<scalar_t, 2> {
   }
 };
 
-// The sum of what OffsetGradientPatches leaves for each block of channels.
+// Sums the partial gradients that OffsetGradientPatches writes for each block of channels.
 template <typename T>
 struct SumPartials {
   static constexpr uint32_t kResident = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of images whose channels are adjacent in memory: the lanes of a group read vectors of channels.
+// Pooling of images whose channels are adjacent in memory: lanes read vectors of channels.
 #pragma once
 
 #include "deform_roi_pool_bins.cuh"

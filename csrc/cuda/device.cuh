@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All that is CUDA's own: the device and its stream, launches, memory, and what threads do together. tests/cuda_host
-// has a twin of this file for the host.
+// Everything specific to CUDA: the device and its stream, launches, memory, and cooperation of threads. tests/cuda_host
+// replaces this file on the host.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -29,10 +29,10 @@ constexpr uint32_t kThreads = 256;
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffff;
 
-// Of the columns of a tile. On an H100, 100 to 200 MiB are quicker than what its L2 cache holds: there are fewer
-// launches.
+// Size of a tile's columns. On an H100, 100 to 200 MiB are faster than tiles that fit in the L2 cache, because there
+// are fewer launches.
 constexpr int64_t kTileBytes = 128 << 20;
-constexpr int64_t kCopyBytes = 40 << 20;  // of the images that are copied at a time, unless one image has more
+constexpr int64_t kCopyBytes = 40 << 20;  // images that are copied at a time, unless a single one is larger
 
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
@@ -48,7 +48,7 @@ inline int attribute(cudaDeviceAttr name, int32_t device) {
 
 inline int64_t multiprocessors(int32_t device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
-// Sets memory to zero, in the order of the stream.
+// Sets memory to zero, in stream order.
 inline void clear(void* target, int64_t bytes, int32_t device) {
   STD_CUDA_CHECK(cudaMemsetAsync(target, 0, bytes, current_stream(device)));
 }
@@ -96,7 +96,7 @@ __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
   return word;
 }
 
-// What one instruction loads.
+// The type that one instruction loads.
 template <int kBytes>
 struct RawWord;
 template <>
@@ -127,8 +127,8 @@ __device__ __forceinline__ To bits_of(const From& from) {
   return to;
 }
 
-// A number or a vector of at most 16 bytes, by one instruction, so at an address that is a multiple of its size.
-// `load` is for what nobody writes to while the kernel runs; it may come from the multiprocessor's own cache.
+// Loads and stores of a number or a vector of at most 16 bytes with one instruction, so the address must be a multiple
+// of the size. `load` is only for memory that is not written while the kernel runs: it may read the L1 cache.
 template <typename V>
 __device__ __forceinline__ V load(const V* source) {
   return bits_of<V>(__ldg(reinterpret_cast<const Raw<V>*>(source)));
@@ -139,7 +139,7 @@ __device__ __forceinline__ void store(V* target, const V& value) {
   *reinterpret_cast<Raw<V>*>(target) = bits_of<Raw<V>>(value);
 }
 
-// Past the multiprocessor's own cache, which is left to what is used again.
+// Bypasses the L1 cache, which is left to data that are used again.
 template <typename V>
 __device__ __forceinline__ V load_once(const V* source) {
   return bits_of<V>(__ldcg(reinterpret_cast<const Raw<V>*>(source)));
@@ -150,7 +150,7 @@ __device__ __forceinline__ void store_once(V* target, const V& value) {
   __stcg(reinterpret_cast<Raw<V>*>(target), bits_of<Raw<V>>(value));
 }
 
-// Without a branch, which would keep the compiler from moving loads past it.
+// Without a branch, so that the compiler can move loads across it.
 template <typename V>
 __device__ __forceinline__ void store_once_if(bool condition, V* target, const V& value) {
   if constexpr (sizeof(V) == 16) {
@@ -164,7 +164,7 @@ __device__ __forceinline__ void store_once_if(bool condition, V* target, const V
   }
 }
 
-// base + number, by one instruction.
+// base + number, with one instruction.
 template <typename V>
 __device__ __forceinline__ V* element(V* base, uint32_t number) {
   uint64_t address;
@@ -172,8 +172,8 @@ __device__ __forceinline__ V* element(V* base, uint32_t number) {
   return reinterpret_cast<V*>(address);
 }
 
-// Keeps a value in its register, so that the compiler does not compute it again at each use. It forgets that a pointer
-// is one to global memory, which matters to atomics: generic ones are slower.
+// Keeps a value in its register, so that the compiler does not recompute it at each use. The compiler then no longer
+// knows that a pointer points to global memory, which makes atomics slower.
 template <typename V>
 __device__ __forceinline__ V* opaque(V* pointer) {
   asm("" : "+l"(pointer));
@@ -187,7 +187,7 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
 __device__ __forceinline__ uint32_t bits_set(uint32_t word) { return __popc(word); }
 __device__ __forceinline__ uint32_t lowest_bit(uint32_t word) { return __ffs(word) - 1; }
 
-// Float4 is float4 where the device can add one atomically: from compute capability 9.0 on.
+// Float4 is float4 if the device can add it atomically, from compute capability 9.0 on.
 template <typename Float4>
 concept AtomicallyAdded = requires(Float4* target, Float4 value) { atomicAdd(target, value); };
 
@@ -206,7 +206,7 @@ __device__ void atomic_add(float* target, const float (&values)[kCount]) {
   }
 }
 
-// A thread of a block. The threads are in groups, each of so many lanes of one warp, a power of two.
+// A thread of a block. The threads form groups of lanes of one warp; the number of lanes is a power of two.
 struct Threads {
   uint32_t lane, lanes, group, groups;
 
@@ -214,16 +214,16 @@ struct Threads {
   __device__ uint32_t count() const { return groups * lanes; }
   __device__ uint32_t members() const { return 0xffffffff >> (kWarp - lanes) << (group * lanes % kWarp); }
 
-  // Waits for all threads of the block, and sees what they have written.
+  // Waits for all threads of the block, whose writes are then visible.
   __device__ void sync() const { __syncthreads(); }
 
-  // Waits for the lanes of the group, and sees what they have written.
+  // Waits for the lanes of the group, whose writes are then visible.
   __device__ void sync_group() const { __syncwarp(members()); }
 
-  // A bit for each lane of the group. All of them must call it.
+  // One bit for each lane of the group. All lanes must call it.
   __device__ uint32_t ballot(bool vote) const { return __ballot_sync(members(), vote) >> (group * lanes % kWarp); }
 
-  // The sum over the group. All of its lanes must call it.
+  // The sum over the group. All lanes must call it.
   template <typename T>
   __device__ T sum(T value) const {
     for (uint32_t distance = lanes / 2; distance > 0; distance /= 2) {
@@ -232,7 +232,7 @@ struct Threads {
     return value;
   }
 
-  // These are for groups of a whole warp. All of its lanes must call them.
+  // These require groups of a whole warp. All lanes must call them.
   template <typename T>
   __device__ T shuffle(T value, uint32_t from) const {
     return __shfl_sync(kAllLanes, value, from);
@@ -251,21 +251,21 @@ struct Threads {
     atomic_add(target, values);
   }
 
-  // These give the value before.
+  // These return the previous value.
   __device__ uint32_t increment(uint32_t* target, uint32_t by = 1) const { return atomicAdd(target, by); }
   __device__ uint32_t compare_and_exchange(uint32_t* target, uint32_t expected, uint32_t value) const {
     return atomicCAS(target, expected, value);
   }
 };
 
-// Body::kResident blocks, at the least, must fit a multiprocessor at a time; 0 leaves that to the compiler.
+// At least Body::kResident blocks must fit on a multiprocessor at a time; 0 leaves the choice to the compiler.
 template <typename Body>
 __global__ void __launch_bounds__(kThreads, Body::kResident) run_block(const __grid_constant__ Body body) {
   __shared__ typename Body::Shared shared;
   body.run(body.block(blockIdx.x), shared, Threads{threadIdx.x, blockDim.x, threadIdx.y, blockDim.y});
 }
 
-// Runs the body's blocks, in each as many lanes to a group as can share its work.
+// Runs the body's blocks, with as many lanes per group as can share its work.
 template <typename Body>
 void launch(const Body& body, int32_t device) {
   const uint32_t lanes = std::min(std::bit_ceil(body.max_lanes()), kWarp);
@@ -273,7 +273,7 @@ void launch(const Body& body, int32_t device) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// The same for a body whose blocks are Body::kWarps groups, each of a whole warp.
+// The same for a body whose blocks consist of Body::kWarps groups of a whole warp.
 template <typename Body>
 __global__ void __launch_bounds__(kWarp* Body::kWarps, Body::kResident) run_warps(const __grid_constant__ Body body) {
   __shared__ typename Body::Shared shared;

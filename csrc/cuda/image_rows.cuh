@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Images of any layout as NHWC rows, and the one buffer that a call allocates.
+// Images of any layout as NHWC rows, and the single buffer that a call allocates.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace mmdcn {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether the images are dense NHWC, at a multiple of kVectorBytes.
+// Whether the images are dense NHWC, aligned to kVectorBytes.
 inline bool is_rows(const Tensor& images) {
   const int64_t channels = images.size(1), height = images.size(2), width = images.size(3);
   const auto is = [&](int64_t dim, int64_t stride) { return images.size(dim) == 1 || images.stride(dim) == stride; };
@@ -24,7 +24,7 @@ inline bool is_rows(const Tensor& images) {
 // Parts of one buffer.
 class Workspace {
  public:
-  // The place of a part that `take` will give.
+  // Reserves a part and returns its place, which `take` turns into a pointer.
   template <typename T>
   int64_t add(int64_t count) {
     const int64_t place = bytes_;
@@ -48,7 +48,7 @@ class Workspace {
   std::optional<Tensor> buffer_;
 };
 
-// Images [B, C, H, W] of any layout as NHWC rows, some at a time: the tensor's own, or a copy.
+// Images [B, C, H, W] of any layout as NHWC rows, some images at a time: the tensor's own rows, or a copy.
 template <typename scalar_t>
 class ImageRows {
  public:
@@ -63,7 +63,7 @@ class ImageRows {
 
   const scalar_t* data() const { return data_; }
   const ImageStrides& strides() const { return strides_; }
-  void copy() { copied_ = true; }  // even if the tensor has such rows
+  void copy() { copied_ = true; }  // even if the tensor already has NHWC rows
   bool copied() const { return copied_; }
   int64_t image_size() const { return channels_ * height_ * width_; }
   int64_t copied_bytes() const { return copied_ ? image_size() * static_cast<int64_t>(sizeof(scalar_t)) : 0; }
@@ -72,7 +72,7 @@ class ImageRows {
     if (copied_) place_ = workspace.add<scalar_t>(images * image_size());
   }
 
-  // The rows of the images from `first` on.
+  // The rows of the images, starting at `first`.
   scalar_t* at(const Workspace& workspace, int64_t first) const {
     return copied_ ? workspace.take<scalar_t>(place_) : data_ + first * image_size();
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of matrices by cuBLAS, with torch's handle: one call for a batch, without the tensors and the dispatcher
-// that a call of torch takes, and with TF32 as the operator says. tests/cuda_host has a twin of this file.
+// Matrix products with cuBLAS, using torch's handle: one call for a batch, without torch's tensors and dispatcher, and
+// with TF32 as the operator's argument says. tests/cuda_host replaces this file on the host.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-// cuBLAS has not all its headers in every CUDA toolkit. The library itself is torch's.
+// Some CUDA toolkits lack the headers of cuBLAS. The library itself comes with torch.
 extern "C" int cublasGemmStridedBatchedEx(void* handle, int transpose_a, int transpose_b, int m, int n, int k,
                                           const void* alpha, const void* a, cudaDataType a_type, int a_stride,
                                           long long a_batch_stride, const void* b, cudaDataType b_type, int b_stride,
@@ -21,10 +21,10 @@ extern "C" int cublasGemmStridedBatchedEx(void* handle, int transpose_a, int tra
 
 namespace mmdcn {
 
-// A batch of matrices, row by row, or column by column if `transposed`.
+// A batch of row-major matrices, or column-major if `transposed`.
 struct Matrices {
   void* data;
-  int64_t stride, batch_stride;  // from row to row, or from column to column; from matrix to matrix
+  int64_t stride, batch_stride;  // between rows, or columns if transposed; between matrices
   torch::headeronly::ScalarType type;
   bool transposed = false;
 };
@@ -38,7 +38,7 @@ inline cudaDataType cuda_type(torch::headeronly::ScalarType type) {
 }
 
 // c[rows, columns] = a[rows, depth] x b[depth, columns], plus what c was if `add`, on the current device and stream.
-// It is computed in float64 for float64, else in float32, whose factors TF32 may round. c is not transposed.
+// It is computed in float64 for float64, else in float32, where TF32 may round the factors. c must not be transposed.
 inline void matrix_product(const Matrices& a, const Matrices& b, const Matrices& c, int64_t batch, int64_t rows,
                            int64_t columns, int64_t depth, bool add, bool allow_tf32) {
   constexpr int kFloat = 68, kFloatFromTf32 = 77, kDouble = 70, kDefaultAlgorithm = -1;  // of cublas_api.h
@@ -50,7 +50,7 @@ inline void matrix_product(const Matrices& a, const Matrices& b, const Matrices&
   const bool is_float = a.type == torch::headeronly::ScalarType::Float;
   void* handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-  // cuBLAS has matrices by columns: what is a row here is a column there, and c^T = b^T x a^T.
+  // cuBLAS matrices are column-major, so rows and columns are swapped: c^T = b^T x a^T.
   const int status = cublasGemmStridedBatchedEx(
       handle, b.transposed, a.transposed, static_cast<int>(columns), static_cast<int>(rows), static_cast<int>(depth),
       one, b.data, cuda_type(b.type), static_cast<int>(b.stride), b.batch_stride, a.data, cuda_type(a.type),

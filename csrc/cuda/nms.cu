@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the host does. See Note [NMS on CUDA].
+// The host code. See Note [NMS on CUDA].
 #include "nms.cuh"
 
 #include "../core/dispatch.h"

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Note: [NMS on CUDA]
 //
-// The boxes are in the order of their scores. A bit for each pair says whether the first overlaps the second by more
-// than the threshold: those are found at once. Which box is kept depends on all before it, so one thread block goes
-// through them, 64 at a time: one thread sees which of these are kept, from the pairs among them, and all threads then
-// mark what the kept ones suppress among the boxes to come.
+// The boxes are sorted by score. One bit for each pair tells whether the first box overlaps the second by more than the
+// threshold; all bits are computed in parallel. Whether a box is kept depends on all boxes before it, so a single
+// thread block processes them, 64 at a time: one thread finds which of the 64 are kept, then all threads mark the later
+// boxes that the kept ones suppress.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -34,8 +34,7 @@ struct Pairs {
   }
 };
 
-// Sets bit j % 64 of word j / 64 of row i where box i overlaps a later box j. Words before the diagonal stay as they
-// are.
+// Sets bit j % 64 of word j / 64 of row i if box i overlaps a later box j. Words before the diagonal are not written.
 template <typename T>
 struct FindOverlaps {
   static constexpr uint32_t kResident = 0;
@@ -71,7 +70,7 @@ struct FindOverlaps {
   }
 };
 
-// One block.
+// Runs as one block.
 struct KeepBest {
   static constexpr uint32_t kResident = 0;
 

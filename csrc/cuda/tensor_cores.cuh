@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Instructions that CUDA C++ has no name for: the products of tensor cores, and the copies and barriers that feed them
+// Instructions without a CUDA C++ function: the products of tensor cores, and the copies and barriers that feed them
 // (PTX ISA, "Warp Level Matrix Multiply-Accumulate" and "Asynchronous Warpgroup Level Matrix Multiply-Accumulate").
 // Addresses of shared memory are 32-bit numbers here, as these instructions take them. tests/cuda_host has a twin of
 // this file, which emulates them.
@@ -56,10 +56,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
-// Lest the compiler move the computation of a value across the instructions around this.
+// Keeps the compiler from moving the computation of a value across the surrounding instructions.
 __device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
 
-// Two values of a half type in a word, the first in its low half.
+// Packs two values of a half type into a word, the first in the low half.
 template <typename scalar_t>
 struct Pair;
 
@@ -104,7 +104,7 @@ struct Pair<__half> {
   }
 };
 
-// Four matrices of 8 rows of 16 bytes; the address is that of the lane's row.
+// Loads four matrices of 8 rows of 16 bytes; each lane passes the address of one row.
 __device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
@@ -117,13 +117,13 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source) 
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all but the last kCount groups of copies are there.
+// Waits for all but the last kCount groups of copies.
 template <int kCount>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
 }
 
-// ---- From compute capability 9.0 on
+// ---- Compute capability 9.0 and later
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -148,7 +148,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   } while (!done);
 }
 
-// Copies bytes from global to shared memory; the barrier counts them.
+// Copies bytes from global to shared memory; they count towards the barrier.
 __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, int32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
                "l"(source), "r"(bytes), "r"(barrier)

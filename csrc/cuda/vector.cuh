@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Like the bodies of the kernels, this is C++ without CUDA.
+// C++ without CUDA, like the bodies of the kernels.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -19,7 +19,7 @@ constexpr int64_t kVectorBytes = 16;
 template <typename scalar_t>
 constexpr int kMaxVector = kVectorBytes / sizeof(scalar_t);
 
-// Adjacent channels of a row, loaded and stored as one. The row's address must be a multiple of their size.
+// Adjacent channels of a row, loaded and stored together. The address must be a multiple of their size.
 template <typename scalar_t, int kVector>
 struct alignas(sizeof(scalar_t) * kVector) Vector {
   using T = compute_t<scalar_t>;
@@ -28,7 +28,7 @@ struct alignas(sizeof(scalar_t) * kVector) Vector {
 
   scalar_t values[kVector];
 
-  // Of a row that nobody writes to meanwhile.
+  // Only for a row that is not written while the kernel runs.
   C10_DEVICE static Vector at(const scalar_t* row) { return load(reinterpret_cast<const Vector*>(row)); }
   C10_DEVICE void store(scalar_t* row) const { mmdcn::store(reinterpret_cast<Vector*>(row), *this); }
   C10_HOST_DEVICE T operator[](int i) const { return static_cast<T>(values[i]); }

@@ -11,7 +11,7 @@ MMDCN_OPERATORS(m) {
       "Tensor? bias, "   // [C_out]
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
       "SymInt groups, SymInt offset_groups, "
-      "bool allow_tf32=False"  // on CUDA, products of float32 may round their factors
+      "bool allow_tf32=False"  // on CUDA, float32 products may use TF32
       ") -> Tensor");          // [B, C_out, H_out, W_out]
   m.def(
       "deform_conv2d_backward("
@@ -19,8 +19,8 @@ MMDCN_OPERATORS(m) {
       "Tensor input, Tensor offset, Tensor? mask, Tensor weight, "
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
       "SymInt groups, SymInt offset_groups, "
-      "bool[] output_mask, "  // which of the four gradients to compute; the others come back with no elements
-      "bool deterministic, "  // the same bits in each run, at a cost in time and memory on some devices
+      "bool[] output_mask, "  // which of the four gradients to compute; the others are returned without elements
+      "bool deterministic, "  // the same bits in each run, at some cost in time and memory on CUDA
       "bool allow_tf32=False"
       ") -> (Tensor grad_input, Tensor grad_offset, Tensor grad_mask, Tensor grad_weight)");
 }

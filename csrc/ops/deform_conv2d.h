@@ -16,11 +16,11 @@ namespace mmdcn {
 // 0 if the kernel does not fit into the padded image.
 inline int64_t conv_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   const int64_t last = size + 2 * padding - 1;
-  if (kernel > 1 && dilation > last / (kernel - 1)) return 0;  // whose product may overflow
+  if (kernel > 1 && dilation > last / (kernel - 1)) return 0;  // dilation * (kernel - 1) may overflow
   return (last - dilation * (kernel - 1)) / stride + 1;
 }
 
-// The sizes of a call, once every tensor is known to fit them.
+// Checks that the tensors of a call fit together, and returns its sizes.
 inline ConvGeometry deform_conv2d_geometry(const Tensor& input,                // [B, C_in, H, W]
                                            const Tensor& offset,               // [B, 2*G*K, H_out, W_out]
                                            const std::optional<Tensor>& mask,  // [B, G*K, H_out, W_out]
@@ -86,10 +86,10 @@ inline void check_backward(const Tensor& grad_output, const Tensor& input, const
   STD_TORCH_CHECK(mask || !output_mask[2], "output_mask asks for the gradient of a mask, but there is no mask");
 }
 
-// grad_input, grad_offset, grad_mask, grad_weight; one that was not asked for has no elements.
+// grad_input, grad_offset, grad_mask, grad_weight; a gradient that was not requested has no elements.
 using DeformConv2dGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// A call whose tensors fit each other.
+// A call whose tensors have been checked.
 struct DeformConv2dCall {
   ConvGeometry geometry;
   const Tensor &input, &offset;
@@ -98,8 +98,8 @@ struct DeformConv2dCall {
   bool allow_tf32;
 };
 
-// Registers what a device computes, kForward(call, bias) and kBackward(call, grad_output, output_mask, deterministic),
-// as its kernels.
+// Registers a device's kForward(call, bias) and kBackward(call, grad_output, output_mask, deterministic) as its
+// kernels.
 template <auto kForward, auto kBackward>
 struct DeformConv2dKernels {
   static Tensor forward(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,

@@ -13,7 +13,7 @@
 
 namespace mmdcn {
 
-// The sizes of a call, once every tensor is known to fit them.
+// Checks that the tensors of a call fit together, and returns its sizes.
 inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                  // [B, C, H, W]
                                             const Tensor& rois,                   // [N, 5]
                                             const std::optional<Tensor>& offset,  // [N, 2, ph, pw]
@@ -58,18 +58,18 @@ inline void check_deform_roi_pool_backward(const Tensor& grad_output, const Tens
   STD_TORCH_CHECK(offset || !output_mask[1], "output_mask asks for the gradient of offsets, but there are none");
 }
 
-// grad_input, grad_offset; one that was not asked for has no elements.
+// grad_input, grad_offset; a gradient that was not requested has no elements.
 using DeformRoIPoolGradients = std::tuple<Tensor, Tensor>;
 
-// A call whose tensors fit each other.
+// A call whose tensors have been checked.
 struct DeformRoIPoolCall {
   RoIGeometry geometry;
   const Tensor &input, &rois;
   const std::optional<Tensor>& offset;
 };
 
-// Registers what a device computes, kForward(call) and kBackward(call, grad_output, output_mask), as its kernels. Both
-// devices sum in an order that never changes, so that `deterministic` asks for nothing more.
+// Registers a device's kForward(call) and kBackward(call, grad_output, output_mask) as its kernels. Both devices sum in
+// a fixed order, so `deterministic` changes nothing.
 template <auto kForward, auto kBackward>
 struct DeformRoIPoolKernels {
   static Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,

@@ -17,8 +17,8 @@ MMDCN_OPERATORS(m) {
   m.def(
       "nms_match("
       "Tensor boxes, Tensor scores, float iou_threshold"
-      ") -> Tensor");  // [N], the box that suppresses each box, which is the box itself if it is kept
-  // For exported detectors: shapes that do not depend on the data.
+      ") -> Tensor");  // [N], the index of the box that suppresses each box; a kept box has its own index
+  // For exported detectors: the shapes do not depend on the data.
   m.def(
       "nms_mask("
       "Tensor boxes, "   // [B, N, 4], (x1, y1, x2, y2)

@@ -20,7 +20,7 @@ inline void check_nms(const Tensor& boxes,   // [N, 4]
   STD_TORCH_CHECK(offset == 0 || offset == 1, "offset must be 0 or 1, got ", offset);
 }
 
-// The numbers of the boxes, the highest score first; as torch sorts them, which mmcv leaves ties to.
+// Indices of the boxes, highest score first. torch's sort decides ties, as in mmcv.
 inline Tensor by_score(const Tensor& scores) { return call_torch("aten::argsort", "", scores, int64_t{0}, true); }
 
 inline Tensor index_select(const Tensor& tensor, const Tensor& index) {

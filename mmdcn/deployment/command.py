@@ -38,7 +38,6 @@ def main(description: str | None, export: Callable[..., None], suffix: str) -> N
     if out.suffix != suffix:
         parser.error(f'--out must end with {suffix}, got {out}')
     model, metadata = _load(args.config, args.checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         export(model, out, metadata, size=tuple(args.size))
     except (NotImplementedError, ValueError) as error:

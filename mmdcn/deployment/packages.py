@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdcn._private_hooks import compile_package, load_package
 from mmdcn.deployment.detector import export
+from mmdcn.utils.files import replacing
 
 INPUTS = ('images', 'sizes')
 OUTPUTS = ('boxes', 'scores', 'labels')
@@ -80,7 +81,8 @@ def export_onnx(model: nn.Module, path: Path | str, metadata: dict[str, str], **
     )
     assert program is not None  # as it is with dynamo=True
     program.model.metadata_props.update(metadata)
-    program.save(str(path))
+    with replacing(Path(path)) as beside:
+        program.save(beside)
 
 
 def export_aoti(model: nn.Module, path: Path | str, metadata: dict[str, str], **settings: Any) -> None:
@@ -98,7 +100,8 @@ def export_aoti(model: nn.Module, path: Path | str, metadata: dict[str, str], **
     """
     if Path(path).suffix != '.pt2':
         raise ValueError(f'the name of a package must end with .pt2, got {path}')
-    compile_package(export(model, **settings), str(path), metadata)
+    with replacing(Path(path)) as beside:
+        compile_package(export(model, **settings), str(beside), metadata)
 
 
 def load(path: Path | str) -> Callable[[Tensor, Tensor], Detections]:

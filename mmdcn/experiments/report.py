@@ -115,5 +115,6 @@ def report(name: str, chosen: ExperimentSet, runs: list[Run], out: Path) -> str:
     text = table(chosen, figures, {run.experiment: count_parameters(run.cfg) for run in runs if run.seed == 0})
     with replacing(out / f'{name}.md') as file:
         file.write_text(f'{text}\n{NOTE}')
-    plot(chosen, figures, out / f'{name}.png')
+    with replacing(out / f'{name}.png') as file:
+        plot(chosen, figures, file)
     return text

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What mmdcn has in the place of each deformable layer and function of mmcv."""
 
-import math
 from typing import Any
 
 import mmcv.ops
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdcn import modules, ops
+from mmdcn.openmmlab.finer_maps import first_values
 from mmdcn.ops._arguments import overridable
 from mmdcn.ops._autocast import without_autocast
 from mmdcn.reference.geometry import output_shape
@@ -17,11 +17,7 @@ Sizes = int | tuple[int, int]  # one for both axes, or (y, x)
 
 
 class _ModulatedDeformConv2d(modules.ModulatedDeformConv2d):
-    """Take offsets and masks for more positions than the output has, as mmcv's layer does.
-
-    DyHead and GLIP give the features of a coarser level the offsets and masks of a finer one. mmcv then takes the
-    first numbers of each image, row by row, for those of a smaller map; weights trained so need them so.
-    """
+    """Accept offsets and masks for more positions than the output has, as mmcv's layer does."""
 
     def forward(
         self,
@@ -30,14 +26,7 @@ class _ModulatedDeformConv2d(modules.ModulatedDeformConv2d):
         mask: Tensor,  # [B, G*K, >= H_out, >= W_out]
     ) -> Tensor:  # [B, C_out, H_out, W_out]
         size = output_shape(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
-        return super().forward(x, _first(offset, size), _first(mask, size))
-
-
-def _first(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if maps.shape[2:].numel() <= math.prod(size):
-        return maps  # right, or for the operator to refuse
-    count = maps.shape[1] * math.prod(size)
-    return maps.flatten(1)[:, :count].unflatten(1, (maps.shape[1], *size))
+        return super().forward(x, first_values(offset, size), first_values(mask, size))
 
 
 ROI_LAYERS: dict[type, type[nn.Module]] = {

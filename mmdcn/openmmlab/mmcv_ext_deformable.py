@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdcn.openmmlab.finer_maps import add_to_first_values, first_values
 from mmdcn.ops._arguments import allow_tf32
 from mmdcn.ops.deform_conv2d import _convolve, _convolve_backward
 from mmdcn.ops.deform_roi_pool import _pool, _pool_backward
@@ -112,7 +113,7 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Convolve; `columns` and `ones`, mmcv's workspaces, are not used."""
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
-    maps = (_first(offset, output), _first(mask, output))
+    maps = (first_values(offset, output.shape[2:]), first_values(mask, output.shape[2:]))
     output.copy_(_convolve(input, *maps, weight, bias if with_bias else None, *geometry, allow_tf32(input)))
 
 
@@ -144,11 +145,12 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Add the gradient of each tensor."""
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
-    maps = (_first(offset, grad_output), _first(mask, grad_output))
+    maps = (first_values(offset, grad_output.shape[2:]), first_values(mask, grad_output.shape[2:]))
     gradients = _gradients(grad_output, input, *maps, weight, geometry, (True, True, True, True))
-    targets = (grad_input, _first(grad_offset, grad_output), _first(grad_mask, grad_output), grad_weight)
-    for target, gradient in zip(targets, gradients, strict=True):
-        target.add_(gradient)
+    grad_input.add_(gradients[0])
+    add_to_first_values(grad_offset, gradients[1])
+    add_to_first_values(grad_mask, gradients[2])
+    grad_weight.add_(gradients[3])
     if with_bias:
         grad_bias.add_(grad_output.sum((0, 2, 3)))
 
@@ -164,18 +166,6 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     settings = (*geometry, needed, torch.are_deterministic_algorithms_enabled(), allow_tf32(input))
     return _convolve_backward(grad_output, input, offset, mask, weight, *settings)
-
-
-def _first(maps: Tensor, output: Tensor) -> Tensor:
-    """View the first numbers of each image as a map of the size of the output's.
-
-    DyHead and GLIP give the features of a coarser level the offsets and masks of a finer one, and mmcv reads them so.
-    """
-    size = output.shape[2:]
-    if maps.shape[2:].numel() <= size.numel():
-        return maps  # right, or for the operator to refuse
-    count = maps.shape[1] * size.numel()
-    return maps.view(len(maps), -1)[:, :count].unflatten(1, (maps.shape[1], *size))
 
 
 def deform_roi_pool_forward(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mmdcn.engine.launch import run
+from mmdcn.utils.files import replacing
 from mmdcn.visualization.explorer import explorer_page
 from mmdcn.visualization.inspection import inspect, load_detector
 
@@ -28,8 +29,8 @@ def main() -> None:
     found = inspect(model, args.image, args.score)
     title = args.title or Path(args.image).name
     page = explorer_page(found.picture, found.recorder, found.detections, title, Path(args.config).stem)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding='utf-8')
+    with replacing(args.out) as beside:
+        beside.write_text(page, encoding='utf-8')
     print(f'wrote {args.out}, {len(page) / 1e6:.1f} MB')
 
 

@@ -22,6 +22,7 @@ if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
 from matplotlib.figure import Figure
 
 from mmdcn.engine.launch import LaunchError, run
+from mmdcn.utils.files import replacing
 from mmdcn.visualization.drawing import draw_detections, field_figure, maps_figure, new_figure, points_figure
 from mmdcn.visualization.inspection import Inspection, inspect, load_detector
 
@@ -97,8 +98,8 @@ def draw_view(view: str, found: Inspection, args: argparse.Namespace) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as beside:
+        figure.savefig(beside)
     print(f'wrote {path}')
 
 
