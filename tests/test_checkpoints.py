@@ -513,7 +513,7 @@ def detectron2_name(key: str) -> str:
 @pytest.mark.parametrize(
     ('theirs', 'ours'), [('', ''), ('backbone.', 'backbone.'), ('backbone.bottom_up.', 'backbone.')]
 )
-def test_the_whole_backbone_of_detectron2_is_converted_and_the_rest_left_out(theirs: str, ours: str) -> None:
+def test_the_backbone_of_detectron2_is_converted_and_nothing_else(theirs: str, ours: str) -> None:
     model = randomize(resnet())
     state = {
         f'{theirs}{detectron2_name(key)}': value

@@ -125,7 +125,7 @@ def test_every_box_lies_inside_its_image_and_has_its_area(
             assert item['area'] == width * height > 0
 
 
-def test_every_listed_image_is_a_png_of_the_listed_size_and_none_is_unlisted(
+def test_every_image_is_listed_and_is_a_png_of_the_listed_size(
     finished: tuple[ModuleType, Path],
 ) -> None:
     _, out = finished
@@ -191,9 +191,10 @@ def test_progress_in_a_log_is_whole_lines_with_rate_and_time_left(tmp_path: Path
 # A run that does not finish.
 
 
-def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_starts_afresh(
+def test_a_killed_run_leaves_nothing_under_the_name(
     tmp_path: Path,
 ) -> None:
+    """The next run starts afresh."""
     out, partial = tmp_path / 'out', tmp_path / 'out.partial'
     run = subprocess.Popen(command(mnist_scenes, out, '--num-train', '5000'))
     try:
@@ -459,9 +460,10 @@ def test_all_951_trees_of_the_photographs_are_read(
         assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
-def test_the_left_two_thirds_of_each_photograph_are_for_training_and_the_rest_for_testing(
+def test_the_left_two_thirds_of_each_photograph_are_for_training(
     neon: Path, photos: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> None:
+    """The rest is for testing."""
     for split in ('train', 'test'):
         columns: dict[str, set[int]] = {photo: set() for photo in photos}
         for image in load(neon, split)['images']:
@@ -513,7 +515,8 @@ def test_a_tile_has_the_box_of_each_tree_it_shows_at_least_two_fifths_of(
     assert 700 < whole < 951
 
 
-def test_the_parts_of_a_length_are_near_equal_and_as_close_to_the_tile_as_can_be() -> None:
+def test_the_parts_of_a_length_are_near_equal_and_close_to_the_tile() -> None:
+    """They differ by at most a pixel, and have at least 2/3 and at most 3/2 of the tile."""
     for length in (90, 400, 599, 601, 1035, 2472):
         parts = list(neon_trees.cut(length, 400))
         sizes = [end - start for start, end in parts]

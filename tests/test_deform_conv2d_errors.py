@@ -333,9 +333,8 @@ def test_there_are_at_least_40_bad_calls() -> None:
 
 
 @each_bad_call
-def test_a_bad_call_raises_a_value_error_with_its_message_and_reaches_no_kernel(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_a_bad_call_raises_a_value_error_and_reaches_no_kernel(changes: dict[str, Any], message: str) -> None:
+    """The message tells what was wrong."""
     arguments = make(changes)
     with Recorder() as recorder, pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         deform_conv2d(**arguments)
@@ -427,7 +426,8 @@ def test_the_operator_itself_refuses_what_it_would_read_outside_of(changes: dict
 
 
 @pytest.mark.parametrize('changes', [changes for changes, _ in BAD_FOR_OPERATOR.values()], ids=BAD_FOR_OPERATOR.keys())
-def test_the_fake_operator_and_its_backward_refuse_what_the_operator_refuses(changes: dict[str, Any]) -> None:
+def test_the_fake_operator_refuses_what_the_operator_refuses(changes: dict[str, Any]) -> None:
+    """So does the fake of its backward."""
     with FakeTensorMode():
         arguments = operator_arguments(**changes)
         with pytest.raises(ValueError, match='must'):

@@ -97,7 +97,7 @@ NO_OFFSETS = {
 
 
 @pytest.mark.parametrize('name', BESIDE_THEIR_LAYER)
-def test_the_constructor_reaches_the_layers_that_predict_offsets_and_no_others(name: str) -> None:
+def test_the_constructor_reaches_exactly_the_layers_that_predict_offsets(name: str) -> None:
     make, expected = BESIDE_THEIR_LAYER[name]
     assert slow(nn.ModuleDict(dict(part=make()))) == {f'part.{each}' for each in expected}
 
@@ -163,9 +163,8 @@ SETTINGS = [
 
 @pytest.mark.parametrize('settings', SETTINGS, ids=str)
 @pytest.mark.parametrize(('layer', 'kinds'), [(modules.DeformConv2dPack, 2), (modules.ModulatedDeformConv2dPack, 3)])
-def test_a_layer_counts_as_two_convolutions_and_four_multiply_adds_for_each_sample(
-    layer: type, kinds: int, settings: dict
-) -> None:
+def test_a_layer_counts_as_two_convolutions_and_its_samples(layer: type, kinds: int, settings: dict) -> None:
+    """A sample counts four multiply-adds."""
     plain = {key: value for key, value in settings.items() if key != 'deform_groups'}
     taps = 9 if settings['kernel_size'] == 3 else 6
     predicted = dict(plain, out_channels=kinds * taps * settings.get('deform_groups', 1), groups=1)

@@ -59,7 +59,8 @@ def largest(parts: list[nn.Module]) -> float:
 
 
 @pytest.mark.parametrize('name', PARTS)
-def test_in_any_part_of_a_model_offsets_are_zero_and_weights_those_of_a_convolution(name: str) -> None:
+def test_in_any_model_part_offsets_are_zero_and_weights_follow_kaiming(name: str) -> None:
+    """So do those of a plain convolution."""
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmdet'):
         part = PARTS[name]()
@@ -121,9 +122,8 @@ def roi_predictors(layer: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('switch', ['registered', 'converted'])
 @pytest.mark.parametrize('name', [*NAMES, 'DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack'])
-def test_however_a_parent_draws_its_weights_offsets_stay_zero_and_masks_one_half(
-    name: str, switch: str, way: str
-) -> None:
+def test_however_a_parent_draws_its_weights_offsets_stay_zero(name: str, switch: str, way: str) -> None:
+    """Masks stay one half."""
     settings = ROI_POOLING if 'RoI' in name else dict(in_channels=4, out_channels=6, kernel_size=3)
     layer = getattr(modules if switch == 'registered' else mmcv.ops, name)(**settings)
     parent = Parent(mmdcn.convert_model(layer), **WAYS[way])

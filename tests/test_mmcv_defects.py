@@ -163,7 +163,8 @@ def test_mmcv_has_no_meta_tensors_where_mmdcn_gives_their_shape(name: str) -> No
 
 
 @pytest.mark.parametrize('name', PACKS)
-def test_mmcv_gives_wrong_second_derivatives_where_those_of_mmdcn_equal_finite_differences(name: str) -> None:
+def test_mmcvs_second_derivatives_are_wrong_and_mmdcns_are_right(name: str) -> None:
+    """Right ones equal finite differences."""
     theirs, ours = (layer.double() for layer in pair(PACKS[name]))
     x = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
     assert not gradgradcheck(theirs, x, raise_exception=False), mended('second derivatives')

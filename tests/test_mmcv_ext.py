@@ -266,7 +266,8 @@ def edges(low: float, high: float, number: int, bins: int, size: int) -> range:
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16], ids=str)
-def test_roi_pool_gives_the_largest_pixel_of_each_bin_and_its_gradient_to_it(dtype: torch.dtype, device: str) -> None:
+def test_roi_pool_gives_the_largest_pixel_of_each_bin(dtype: torch.dtype, device: str) -> None:
+    """That pixel gets the gradient."""
     input = randn(2, 3, 5, 9).to(device, dtype)
     input[0, 0, 1:3] = 7  # equal pixels: the first of them counts
     rois = draw_rois(7).round().to(device, dtype)
@@ -292,7 +293,7 @@ def test_roi_pool_gives_the_largest_pixel_of_each_bin_and_its_gradient_to_it(dty
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize('weighted', [False, True])
-def test_the_focal_loss_and_its_gradient_are_those_of_cross_entropy_times_a_factor(
+def test_the_focal_loss_and_its_gradient_are_cross_entropy_times_a_factor(
     dtype: torch.dtype, weighted: bool, device: str
 ) -> None:
     gamma, alpha = 1.5, 0.3
@@ -316,7 +317,7 @@ def test_the_focal_loss_and_its_gradient_are_those_of_cross_entropy_times_a_fact
 
 
 @pytest.mark.parametrize(('kernel', 'padding'), [((3, 2), (1, 0)), ((1, 1), (0, 0)), ((2, 5), (3, 1))])
-def test_a_masked_convolution_is_a_convolution_at_the_positions_of_the_mask(
+def test_a_masked_convolution_is_a_convolution_where_the_mask_is_set(
     kernel: tuple[int, int], padding: tuple[int, int], device: str
 ) -> None:
     image, weight = randn(1, 3, 6, 7).to(device), randn(4, 3, *kernel).to(device)
@@ -351,7 +352,8 @@ def test_deformable_roi_pooling_is_that_of_mmdcn(device: str) -> None:
         torch.testing.assert_close(actual, wanted)
 
 
-def test_multi_scale_attention_and_its_gradients_are_those_of_mmcv_s_plain_torch(device: str) -> None:
+def test_multi_scale_attention_and_its_gradients_are_those_of_plain_torch(device: str) -> None:
+    """mmcv has that version too."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
     sizes = torch.tensor([[5, 4], [3, 2]], device=device)

@@ -223,7 +223,7 @@ def test_an_empty_last_checkpoint_counts_for_none(tmp_path: Path) -> None:
         ([50.0, 52.0, 54.0], [60.0, 62.0, 64.0], 'lower'),
     ],
 )
-def test_a_difference_has_the_interval_of_student_where_both_deviations_are_equal(
+def test_for_equal_deviations_the_interval_is_that_of_student(
     values: list[float], baseline: list[float], expected: str
 ) -> None:
     shift = np.mean(values) - np.mean(baseline)

@@ -127,9 +127,10 @@ def filename(entry: dict) -> str:
     return entry['Weights'].removeprefix('mmdcn://')
 
 
-def test_a_published_checkpoint_has_the_averaged_weights_in_half_and_no_more_than_their_use_needs(
+def test_a_published_checkpoint_has_the_averaged_weights_in_half_precision(
     package: Package, trained: Path, entry: dict
 ) -> None:
+    """It has no more of the training than inference needs."""
     training = load_training(trained)
     published = torch.load(package.config.with_name(filename(entry)), weights_only=True)
     averaged = {key: value for key, value in training['ema_state_dict'].items() if key.startswith('module.')}
@@ -144,9 +145,10 @@ def test_a_published_checkpoint_has_the_averaged_weights_in_half_and_no_more_tha
         assert published['state_dict'][key].dtype == expected.dtype
 
 
-def test_the_hash_is_that_of_the_file_and_the_same_wherever_it_is_published(
+def test_the_hash_is_that_of_the_file_wherever_it_is_published(
     package: Package, trained: Path, entry: dict, tool: Callable[..., int], tmp_path: Path
 ) -> None:
+    """Publishing again gives the same file."""
     assert tool(PUBLISH, package.config, trained, '--half', '--out-dir', tmp_path) == 0
     (again,) = tmp_path.glob('*')
     assert hashlib.sha256(again.read_bytes()).hexdigest() == entry['SHA256']
@@ -250,7 +252,7 @@ def test_a_checkpoint_is_downloaded_once_and_kept(
 
 
 @pytest.mark.usefixtures('elsewhere', 'here')
-def test_where_no_checkpoint_is_installed_one_sentence_says_what_to_install(entry: dict) -> None:
+def test_where_no_checkpoint_is_installed_the_error_says_what_to_install(entry: dict) -> None:
     with pytest.raises(zoo.ZooError) as error:
         zoo.fetch('tiny')
     assert str(error.value) == (
@@ -341,7 +343,8 @@ def test_a_file_that_would_run_code_is_not_loaded_even_with_the_right_hash(
         load_checkpoint(torch.nn.Module(), 'mmdcn://harm.pth')
 
 
-def test_by_its_name_the_hub_and_both_inference_apis_give_the_published_detector(package: Package, entry: dict) -> None:
+def test_the_hub_and_both_inference_apis_find_a_detector_by_its_name(package: Package, entry: dict) -> None:
+    """It has the published weights."""
     package.list_models(entry)
     code = f"""
 import mmcv, mmdcn, torch
@@ -368,9 +371,10 @@ assert torch.equal(result.pred_instances.scores, expected.scores)
     package.run('-c', code)
 
 
-def test_the_check_of_the_zoo_prints_expected_and_seen_and_fails_where_they_differ(
+def test_the_check_of_the_zoo_fails_where_a_figure_differs(
     package: Package, entry: dict, here: Path, tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It prints each figure of the metafile beside the one it measures."""
     points = entry['Results'][0]['Metrics']['box AP']
     package.list_models(entry | {'Results': [{'Metrics': {'box AP': points, 'mask AP': 41.3}}]})
     status = tool('tools/zoo_check.py')
@@ -427,7 +431,8 @@ def test_the_demo_names_what_is_missing(
     assert f'error: {words}' in capsys.readouterr().err
 
 
-def test_every_shipped_checkpoint_lies_beside_its_config_with_its_hash_and_all_are_small() -> None:
+def test_every_shipped_checkpoint_has_its_hash_in_its_name() -> None:
+    """It lies beside its config. All together have less than 40 MB."""
     shipped = [model for model in zoo.models() if model.sha256]
     files = [model.config.with_name(model.weights.removeprefix(zoo.ADDRESS)) for model in shipped]
     for model, file in zip(shipped, files, strict=True):
