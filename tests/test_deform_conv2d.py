@@ -159,7 +159,7 @@ def sample(image: Tensor, y: float, x: float, dtype: torch.dtype | None = None) 
 
 
 def sample_gradients(image: Tensor, y: float, x: float) -> dict[str, Any]:
-    """Give the sample, its derivative by y and by x, and by the pixels."""
+    """Return the sample, its derivative by y and by x, and by the pixels."""
     call = sample(image, y, x)
     grad_output = torch.zeros_like(call.input)
     grad_output[..., 0, 0] = 1
@@ -341,7 +341,7 @@ def test_an_expanded_weight_and_an_expanded_gradient_are_like_any_other(device: 
     [
         ('contiguous', torch.contiguous_format),
         ('channels last', torch.channels_last),
-        ('channels of more', torch.channels_last),
+        ('some channels', torch.channels_last),
         ('sliced', torch.contiguous_format),
     ],
 )

@@ -319,13 +319,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 each_bad_call = pytest.mark.parametrize(('changes', 'message'), BAD.values(), ids=BAD.keys())
 
 
-def make(changes: dict[str, Any]) -> dict[str, Any]:
+def make_arguments(changes: dict[str, Any]) -> dict[str, Any]:
     arguments = {**GOOD, **changes}
     return {name: value() if callable(value) else value for name, value in arguments.items()}
 
 
 def test_the_call_that_the_bad_ones_are_made_from_is_good() -> None:
-    assert deform_conv2d(**make({})).shape == (3, 10, 4, 6)
+    assert deform_conv2d(**make_arguments({})).shape == (3, 10, 4, 6)
 
 
 def test_there_are_at_least_40_bad_calls() -> None:
@@ -335,7 +335,7 @@ def test_there_are_at_least_40_bad_calls() -> None:
 @each_bad_call
 def test_a_bad_call_raises_a_value_error_and_reaches_no_kernel(changes: dict[str, Any], message: str) -> None:
     """The message tells what was wrong."""
-    arguments = make(changes)
+    arguments = make_arguments(changes)
     with Recorder() as recorder, pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         deform_conv2d(**arguments)
     assert not recorder.calls
@@ -346,7 +346,7 @@ def test_a_bad_call_of_fake_tensors_raises_the_same(changes: dict[str, Any], mes
     if 'sparse' in message:
         pytest.skip('a FakeTensor has no sparse layout')
     with FakeTensorMode():
-        arguments = make(changes)
+        arguments = make_arguments(changes)
         with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
             deform_conv2d(**arguments)
 
@@ -354,7 +354,7 @@ def test_a_bad_call_of_fake_tensors_raises_the_same(changes: dict[str, Any], mes
 @each_bad_call
 def test_a_bad_call_under_autocast_is_a_value_error_too(changes: dict[str, Any], message: str) -> None:
     """Where autocast does not mend the types."""
-    arguments = make(changes)
+    arguments = make_arguments(changes)
     with torch.autocast('cpu', torch.bfloat16):
         try:
             deform_conv2d(**arguments)
@@ -367,7 +367,7 @@ def test_a_bad_call_under_autocast_is_a_value_error_too(changes: dict[str, Any],
 
 
 def operator_arguments(**changes: Any) -> list[Any]:
-    arguments = make({}) | {'groups': 2, 'offset_groups': 2} | changes
+    arguments = make_arguments({}) | {'groups': 2, 'offset_groups': 2} | changes
     order = ('input', 'offset', 'mask', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups', 'offset_groups')
     return [value() if callable(value) else value for value in map(arguments.get, order)]
 

@@ -355,8 +355,8 @@ def test_inference_mode_changes_no_bit(case: Case, device: str) -> None:
 # Derivatives and transforms
 
 
-def function_of(call: Call) -> tuple[Any, tuple[Tensor, ...]]:
-    """Give the pooling as a function of the tensors that have gradients, and these."""
+def as_function(call: Call) -> tuple[Any, tuple[Tensor, ...]]:
+    """Return the pooling as a function of the tensors that have gradients, and these tensors."""
     names = list(call.tensors())
 
     def function(*tensors: Tensor) -> Tensor:
@@ -370,7 +370,7 @@ TINY = Case(channels=2, size=(4, 3), rois=2, bins=(1, 2))
 
 @pytest.mark.parametrize('case', [TINY, replace(TINY, offset=False), replace(TINY, sampling_ratio=2)], ids=str)
 def test_first_and_second_derivatives_are_those_of_finite_differences(case: Case, device: str) -> None:
-    function, tensors = function_of(case.draw(device=device).map(lambda tensor: tensor.requires_grad_()))
+    function, tensors = as_function(case.draw(device=device).map(lambda tensor: tensor.requires_grad_()))
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, tensors)
 
@@ -382,7 +382,7 @@ def test_regions_get_no_gradient(device: str) -> None:
 
 
 def test_jacrev_equals_jacfwd_and_the_hessian_that_of_autograd(device: str) -> None:
-    function, tensors = function_of(TINY.draw(device=device))
+    function, tensors = as_function(TINY.draw(device=device))
     for rows, columns in zip(
         jacrev(function, argnums=(0, 1))(*tensors), jacfwd(function, argnums=(0, 1))(*tensors), strict=True
     ):
@@ -397,7 +397,7 @@ def test_jacrev_equals_jacfwd_and_the_hessian_that_of_autograd(device: str) -> N
 
 
 def test_a_tangent_in_eager_mode_reaches_the_output(device: str) -> None:
-    function, tensors = function_of(TINY.draw(device=device))
+    function, tensors = as_function(TINY.draw(device=device))
     tangents = [torch.randn_like(tensor) for tensor in tensors]
 
     def moved(step: float) -> Tensor:

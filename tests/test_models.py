@@ -167,7 +167,7 @@ def wide_stage(name: str, cls: Callable = ResNet, **settings: Any) -> MMDetResNe
 
 
 def deviation_from_kaiming(weight: torch.Tensor) -> float:
-    """Give the weight's standard deviation relative to sqrt(2 / fan_out)."""
+    """Return the weight's standard deviation relative to sqrt(2 / fan_out)."""
     return weight.std().item() / (2 / (weight.shape[0] * 9)) ** 0.5
 
 

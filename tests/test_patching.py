@@ -131,7 +131,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def run(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[str]]:
-    """Give all outputs, the gradients of the parameters that have any, and the names of the operators that ran."""
+    """Return all outputs, the gradients of the parameters that have any, and the names of the operators that ran."""
     with torch.autograd.profiler.profile() as profile:
         outputs = [output for output in tree_leaves(model(*inputs)) if isinstance(output, Tensor)]
         loss = sum((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() for output in outputs)
