@@ -2,7 +2,7 @@
 # try_install.sh DIST PYTHON TORCH: install the wheels in DIST in README's ways, in a fresh environment without a compiler,
 # and use them.
 set -euo pipefail
-dist=$(realpath "$1") python=$(command -v "$2") torch=$3
+dist=$(realpath "$1") python=$(realpath -s "$(command -v "$2")") torch=$3
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
@@ -12,6 +12,22 @@ mkdir tools
 ln -s "$(command -v rm)" tools # for the trap
 export PATH="$folder/venv/bin:$folder/tools"
 install() { pip --disable-pip-version-check install --quiet --find-links "$dist" "torch==$torch" "$@"; }
+site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+# train_and_test: mmdet's own tools on five photographs, with a DCNv2 detector
+train_and_test() {
+  local config=$site/mmdcn/.mim/configs/coco_tiny/coco_tiny.py
+  {
+    python -W ignore "$site/mmdet/.mim/tools/train.py" "$config" --work-dir work_dir &&
+      python -W ignore "$site/mmdet/.mim/tools/test.py" "$config" work_dir/epoch_2.pth --work-dir work_dir
+  } > log.txt 2>&1 || {
+    echo "$(< log.txt)"
+    exit 1
+  }
+  pip list 2> /dev/null | while read -r name version; do
+    [[ $name == mmdet || $name == onedl-mmdetection ]] && echo "$name $version: its train.py and test.py ran"
+  done
+}
 
 install mmdcn
 python - <<'EOF'
@@ -35,3 +51,11 @@ image = np.full((96, 128, 3), 128, np.uint8)
 assert found.keys() >= {'bboxes', 'scores'}
 print(f'pip install mmdcn[openmmlab,zoo]: {model.name} detects, on mmcv {mmcv.__version__}')
 EOF
+
+install scikit-image # its photographs
+python -W ignore -m mmdcn.datasets.coco_tiny --out-dir data/coco_tiny
+train_and_test
+
+pip --disable-pip-version-check uninstall --quiet --yes onedl-mmengine onedl-mmcv onedl-mmdetection
+install mmdcn-mmcv mmengine==0.10.7 mmcv-lite==2.1.0 mmdet==3.3.0
+train_and_test
