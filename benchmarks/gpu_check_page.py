@@ -42,7 +42,7 @@ class Goal:
 
 
 def ratios(group: str, mode: str, above: str, below: str) -> Callable[[dict[str, Results]], list[float]]:
-    """Give, for each case that has both, the time of one candidate over that of another."""
+    """Return, for each case that has both, the time of one candidate over that of another."""
 
     def figures(groups: dict[str, Results]) -> list[float]:
         rows = groups.get(group, {}).get(mode, {}).values()

@@ -158,7 +158,7 @@ def write(facts: dict[str, str], results: Results, skipped: dict[str, str], path
 def measure_group(
     operator: ModuleType, group: str, args: argparse.Namespace, facts: dict[str, str], path: Path
 ) -> dict[str, str]:
-    """Measure every mode and case of a group into a file; give who could not run, and why."""
+    """Measure every mode and case of a group into a file; return who could not run, and why."""
     modes = {'forward': operator.forward_candidates}
     if hasattr(operator, 'training_candidates'):
         modes['forward + backward'] = operator.training_candidates

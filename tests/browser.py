@@ -28,7 +28,7 @@ class Page:
             self.call(f'{domain}.enable')
 
     def call(self, method: str, **params: Any) -> dict:
-        """Call a method of the protocol, and give its result."""
+        """Call a method of the protocol, and return its result."""
         self._number += 1
         number = self._number
         command = dict(id=number, method=method, params=params)
@@ -55,8 +55,8 @@ class Page:
         """Prefer `dark` or `light`."""
         self.call('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=name)])
 
-    def run(self, script: str) -> Any:
-        """Give the value of an expression of JavaScript."""
+    def evaluate(self, script: str) -> Any:
+        """Return the value of a JavaScript expression."""
         result = self.call('Runtime.evaluate', expression=script, returnByValue=True)
         assert 'exceptionDetails' not in result, result
         return result['result'].get('value')
@@ -66,8 +66,8 @@ class Page:
 
     def click(self, selector: str) -> None:
         element = f'document.querySelector({selector!r})'
-        self.run(f'{element}.scrollIntoView({{block: "center"}})')
-        x, y = self.run(f'(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())')
+        self.evaluate(f'{element}.scrollIntoView({{block: "center"}})')
+        x, y = self.evaluate(f'(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())')
         for kind in ('mousePressed', 'mouseReleased'):
             self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
 
@@ -108,7 +108,7 @@ class Page:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """Start Chromium with a profile in a folder, and give a tab."""
+    """Start Chromium with a profile in a folder, and yield a tab."""
     assert CHROMIUM is not None
     command_read, command_write = os.pipe()
     answer_read, answer_write = os.pipe()

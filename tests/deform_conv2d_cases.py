@@ -145,7 +145,7 @@ def transposed(tensor: Tensor) -> Tensor:
     return tensor.mT.contiguous().mT
 
 
-def channels_of_more(tensor: Tensor) -> Tensor:
+def some_channels(tensor: Tensor) -> Tensor:
     """Some channels of channels_last images with more."""
     batch, channels, height, width = tensor.shape
     larger = torch.full((batch, height, width, channels + 3), torch.nan).to(tensor)
@@ -155,7 +155,7 @@ def channels_of_more(tensor: Tensor) -> Tensor:
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     'contiguous': Tensor.contiguous,
     'channels last': lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
-    'channels of more': channels_of_more,
+    'some channels': some_channels,
     'sliced': sliced,
     'transposed': transposed,
     'batch inside': lambda tensor: tensor.movedim(0, -1).contiguous().movedim(-1, 0),
@@ -164,7 +164,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) -> dict[str, Tensor]:
-    """Give the output and every gradient, by name."""
+    """Return the output and every gradient, by name."""
     call = call.map(lambda tensor: tensor.detach().requires_grad_())
     output = call(function)
     grads = torch.autograd.grad(output, list(call.tensors().values()), grad_output)
@@ -172,7 +172,7 @@ def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) 
 
 
 def expected_gradients(call: Call, grad_output: Tensor) -> dict[str, Tensor]:
-    """Give what the float64 reference says."""
+    """Return the results of the float64 reference."""
     return gradients(reference.deform_conv2d, call.map(Tensor.double), grad_output.double())
 
 

@@ -35,7 +35,7 @@ class Call:
         return function(**{field.name: getattr(self, field.name) for field in fields(self)})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give those that have gradients."""
+        """Return the tensors that have gradients, by name."""
         return {'input': self.input} | ({} if self.offset is None else {'offset': self.offset})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> 'Call':
@@ -116,13 +116,13 @@ LARGE = {
 
 
 def between_vectors(tensor: Tensor) -> Tensor:
-    """Give the tensor in memory that begins one element past a multiple of 16 bytes."""
+    """Return a copy of the tensor in memory that begins one element past a multiple of 16 bytes."""
     memory = tensor.new_empty(tensor.numel() + 1)[1:]
     return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) -> dict[str, Tensor]:
-    """Give the output and every gradient, by name."""
+    """Return the output and every gradient, by name."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in call.tensors().items()}
     output = replace(call, **leaves)(function)
     grads = torch.autograd.grad(output, list(leaves.values()), grad_output)
@@ -130,7 +130,7 @@ def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) 
 
 
 def expected_gradients(call: Call, grad_output: Tensor) -> dict[str, Tensor]:
-    """Give what the float64 reference says."""
+    """Return the results of the float64 reference."""
     return gradients(reference.deform_roi_pool, call.map(Tensor.double), grad_output.double())
 
 

@@ -104,8 +104,8 @@ class Tally:
         return '\n'.join([f'{self.cases} cases; worst error of any result, relative to its largest value:', *peers])
 
 
-def with_mmcv(drawn: Drawn) -> dict[str, Tensor] | None:
-    """Give what mmcv gives, if it can answer: it has no bfloat16, no empty batch, one layout and one type."""
+def run_mmcv(drawn: Drawn) -> dict[str, Tensor] | None:
+    """Return what mmcv computes, if it can: it has no bfloat16, no empty batch, one layout and one type."""
     if not has_compiled_mmcv():
         return None
     from mmcv.ops import modulated_deform_conv2d
@@ -128,8 +128,8 @@ def with_mmcv(drawn: Drawn) -> dict[str, Tensor] | None:
     return {name: results[name] for name in ('output', *call.tensors())}
 
 
-def with_onnxruntime(drawn: Drawn) -> dict[str, Tensor] | None:
-    """Give the output of ONNX Runtime's DeformConv, if it can answer: it runs float32 and finite offsets."""
+def run_onnxruntime(drawn: Drawn) -> dict[str, Tensor] | None:
+    """Return the output of ONNX Runtime's DeformConv, if it can: it runs float32 and finite offsets."""
     if any(importlib.util.find_spec(name) is None for name in ('onnx', 'onnxruntime')):
         return None
     import onnx
@@ -163,8 +163,8 @@ def with_onnxruntime(drawn: Drawn) -> dict[str, Tensor] | None:
 
 
 PEERS: dict[str, Callable[[Drawn], dict[str, Tensor] | None]] = {
-    'mmcv': with_mmcv,
-    'onnxruntime': with_onnxruntime,
+    'mmcv': run_mmcv,
+    'onnxruntime': run_onnxruntime,
 }
 
 

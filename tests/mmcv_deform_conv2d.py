@@ -38,19 +38,19 @@ def dcnv2(call: Call) -> Tensor:
     return modulated_deform_conv2d(call.input, call.offset, call.mask, call.weight, call.bias, *geometry)
 
 
-def plain(call: Call) -> Call:
+def without_mask_and_bias(call: Call) -> Call:
     """The call as DCN can make it, which has neither mask nor bias."""
     return replace(call, mask=None, bias=None)
 
 
 def error(run: Callable[[Call], Tensor], call: Call) -> str:
-    expected = (call if run is dcnv2 else plain(call)).map(Tensor.double)(reference.deform_conv2d)
+    expected = (call if run is dcnv2 else without_mask_and_bias(call)).map(Tensor.double)(reference.deform_conv2d)
     return f'relative error {((run(call).double() - expected).norm() / expected.norm()).item():.1e}'
 
 
-def second_order(run: Callable[[Call], Tensor]) -> str:
+def check_second_derivatives(run: Callable[[Call], Tensor]) -> str:
     call = Case((1, 1), (3, 2), (1, 2), batch=1).draw()
-    call = (call if run is dcnv2 else plain(call)).map(lambda tensor: tensor.requires_grad_())
+    call = (call if run is dcnv2 else without_mask_and_bias(call)).map(lambda tensor: tensor.requires_grad_())
 
     def function(*tensors: Tensor) -> Tensor:
         return run(replace(call, **dict(zip(call.tensors(), tensors, strict=True))))
@@ -105,7 +105,7 @@ PROBES: dict[str, Callable[[Callable[[Call], Tensor]], Any]] = {
     'NaN offsets give NaN': lambda run: run(with_offsets(torch.nan)).isnan().any().item(),
     'infinite offsets give a finite output': lambda run: run(with_offsets(torch.inf)).isfinite().all().item(),
     'a NaN pixel out of reach stays there': lambda run: run(out_of_reach()).isfinite().all().item(),
-    'second order': second_order,
+    'second order': check_second_derivatives,
     'forward mode': lambda run: jvp(of_input(run), (LOPSIDED.input,), (LOPSIDED.input,)),
     'torch.func.grad': lambda run: grad(lambda input: of_input(run)(input).sum())(LOPSIDED.input),
     'vmap': lambda run: vmap(of_input(run))(LOPSIDED.input[None]),

@@ -147,7 +147,8 @@ def train(work_dir: Path, **settings: Any) -> Runner:
     return runner
 
 
-def test_a_compiled_detector_trains_as_it_does_uncompiled_with_all_layers_in_one_graph(tmp_path: Path) -> None:
+def test_a_compiled_detector_trains_as_it_does_uncompiled(tmp_path: Path) -> None:
+    """All deformable layers are in one graph."""
     recorder = Recorder()
     torch._dynamo.register_backend(recorder, name='recorder')  # a config holds no objects
     compiled = train(tmp_path / 'compiled', compile=dict(backend='recorder')).model
@@ -211,7 +212,8 @@ def test_a_detector_of_another_type_gives_nearly_the_same_features(
 
 
 @pytest.mark.parametrize('layer', LAYERS)
-def test_a_normalization_in_eval_mode_may_be_folded_into_the_layer_while_it_trains(layer: str) -> None:
+def test_a_normalization_in_eval_mode_may_be_folded_into_the_layer(layer: str) -> None:
+    """Output and gradients are the same, so that the layer may train."""
     torch.manual_seed(0)
     module = ConvModule(4, 6, 3, padding=1, conv_cfg=dict(type=layer), norm_cfg=dict(type='BN')).eval()
     nn.init.normal_(module.norm.running_mean)

@@ -59,7 +59,8 @@ def run_step(code: str, limit: float, tmp_path: Path) -> Any:
     return step
 
 
-def test_a_late_step_is_stopped_with_what_it_started_and_keeps_what_it_said(tmp_path: Path) -> None:
+def test_a_late_step_is_stopped_and_keeps_what_it_said(tmp_path: Path) -> None:
+    """The processes that it started are stopped too."""
     alive = tmp_path / 'alive'
     child = f'import time, pathlib; time.sleep(3); pathlib.Path({str(alive)!r}).touch()'
     code = f'import subprocess, sys; print("said"); subprocess.run([sys.executable, "-c", {child!r}])'
@@ -154,7 +155,8 @@ LISTING = """
 """
 
 
-def test_the_inner_loop_is_found_with_what_lies_behind_the_end_and_is_counted_by_class() -> None:
+def test_the_inner_loop_is_found_and_counted_by_class() -> None:
+    """Instructions behind the kernel's end belong to it if they branch back into it."""
     [(architecture, name, code)] = kernels.parse_code(LISTING)
     assert (architecture, kernels.demangled([name])[name]) == ('90', 'SampleColumns<float, 4>')
     loop = kernels.inner_loop(code)

@@ -32,8 +32,8 @@ from mmdcn.modules import DeformConv2dPack, ModulatedDeformConv2dPack
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 
 
-def hat(places: Tensor, size: int) -> Tensor:
-    """Give the share of each of `size` pixels in a bilinear sample, [..., size]; there is nothing beyond them."""
+def bilinear_weights(places: Tensor, size: int) -> Tensor:
+    """Return the weight of each of `size` pixels in a bilinear sample, [..., size]; beyond them the image is zero."""
     return (1 - (places[..., None] - torch.arange(size).double()).abs()).clamp(min=0)
 
 
@@ -61,7 +61,9 @@ class Deformable(nn.Module):
         x_ = x_ + columns * self.stride - self.padding + right.reshape(-1, 1, 1)
         assert (y.min() < -1) and (x_.max() > x.shape[3])  # there are borders to see
         grouped = x.unflatten(1, (self.offset_groups, -1))
-        samples = torch.einsum('bgchw,bgkpqh,bgkpqw->bgckpq', grouped, hat(y, x.shape[2]), hat(x_, x.shape[3]))
+        samples = torch.einsum(
+            'bgchw,bgkpqh,bgkpqw->bgckpq', grouped, bilinear_weights(y, x.shape[2]), bilinear_weights(x_, x.shape[3])
+        )
         samples = samples.flatten(1, 2)  # [B, C, K, H_out, W_out]
         if mask is not None:
             of_groups = mask.unflatten(1, (mask_groups or self.offset_groups, -1))
@@ -355,8 +357,8 @@ def resnet(kind: type[nn.Module] = ResNet, layer: str = 'mmdcn.DCNv2', **setting
     return kind(**SMALL, dcn=dict(type=layer), **settings)
 
 
-def version1(model: nn.Module, prefix: str = '') -> dict[str, Tensor]:
-    """Give a model's random weights the keys that mmdet v1 gave them."""
+def version1_state(model: nn.Module, prefix: str = '') -> dict[str, Tensor]:
+    """Return a model's random weights under the keys of mmdet v1."""
     randomize(model)
     state = {f'{prefix}{key.replace(".conv_offset", "_offset")}': value for key, value in model.state_dict().items()}
     assert sum('.conv2_offset.' in key for key in state) == 26
@@ -364,9 +366,9 @@ def version1(model: nn.Module, prefix: str = '') -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def old() -> tuple[nn.Module, dict[str, Tensor]]:
+def version1() -> tuple[nn.Module, dict[str, Tensor]]:
     model = resnet()
-    return model, version1(model)
+    return model, version1_state(model)
 
 
 def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
@@ -412,9 +414,9 @@ LOADERS = [by_load_state_dict, in_a_copy, by_mmengine, by_init_cfg, within_a_det
 
 @pytest.mark.parametrize('load', LOADERS)
 def test_mmdcns_resnet_loads_keys_of_version_1(
-    load: Callable, old: tuple, tmp_path: Path, log: pytest.LogCaptureFixture
+    load: Callable, version1: tuple, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    model, state = old
+    model, state = version1
     assert_same_weights(load(state, tmp_path), model)
     assert 'NOT loaded' not in log.text
 
@@ -429,8 +431,8 @@ class Model(BaseModel):
         """Do nothing: this model is only loaded."""
 
 
-def test_the_tools_load_keys_of_version_1_into_any_model(old: tuple, tmp_path: Path) -> None:
-    model, state = old
+def test_the_tools_load_keys_of_version_1_into_any_model(version1: tuple, tmp_path: Path) -> None:
+    model, state = version1
     torch.save(dict(state_dict={f'backbone.{key}': value for key, value in state.items()}), tmp_path / 'old.pth')
     cfg = Config(
         dict(model=dict(type='TestCheckpointsModel'), work_dir=str(tmp_path), launcher='none', default_scope=None)
@@ -451,12 +453,12 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 @pytest.mark.parametrize('load', ['torch', 'mmengine'])
 def test_offsets_that_are_lost_are_reported_aloud(
-    load: str, old: tuple, tmp_path: Path, log: pytest.LogCaptureFixture
+    load: str, version1: tuple, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    torch.save(old[1], tmp_path / 'old.pth')
+    torch.save(version1[1], tmp_path / 'old.pth')
     model = resnet(MMDetResNet)
     if load == 'torch':
-        model.load_state_dict(old[1], strict=False)
+        model.load_state_dict(version1[1], strict=False)
     else:
         load_checkpoint(model, str(tmp_path / 'old.pth'))
     records = [record for record in log.records if 'NOT loaded' in record.message]
@@ -467,8 +469,8 @@ def test_offsets_that_are_lost_are_reported_aloud(
         assert f'{layer}_offset.weight, {layer}_offset.bias' in record.message
         assert 'convert_checkpoint.py' in record.message
     accept_version1_keys(model)
-    model.load_state_dict(old[1], strict=True)
-    assert_same_weights(model, old[0])
+    model.load_state_dict(version1[1], strict=True)
+    assert_same_weights(model, version1[0])
 
 
 def test_lost_offsets_of_other_projects_are_reported_too(log: pytest.LogCaptureFixture) -> None:
@@ -484,9 +486,9 @@ def test_a_plain_backbone_is_loaded_without_a_word_of_ours(kind: type, log: pyte
     assert 'NOT loaded' not in log.text
 
 
-def test_mmcvs_own_layer_loses_keys_of_version_1(old: tuple) -> None:
+def test_mmcvs_own_layer_loses_keys_of_version_1(version1: tuple) -> None:
     # When torch or mmcv mends this, the note in mmdcn/checkpoints/version1_keys.py wants a new beginning.
-    lost = resnet(MMDetResNet, 'DCNv2').load_state_dict(old[1], strict=False)
+    lost = resnet(MMDetResNet, 'DCNv2').load_state_dict(version1[1], strict=False)
     assert sum(key.endswith('conv2.conv_offset.weight') for key in lost.missing_keys) == 13
     assert sum(key.endswith('conv2_offset.weight') for key in lost.unexpected_keys) == 13
 
@@ -513,7 +515,7 @@ def detectron2_name(key: str) -> str:
 @pytest.mark.parametrize(
     ('theirs', 'ours'), [('', ''), ('backbone.', 'backbone.'), ('backbone.bottom_up.', 'backbone.')]
 )
-def test_the_whole_backbone_of_detectron2_is_converted_and_the_rest_left_out(theirs: str, ours: str) -> None:
+def test_the_backbone_of_detectron2_is_converted_and_nothing_else(theirs: str, ours: str) -> None:
     model = randomize(resnet())
     state = {
         f'{theirs}{detectron2_name(key)}': value

@@ -23,7 +23,7 @@ ZOO = sorted(f'{path.parent.name}/{path.stem}' for path in ROOT.glob('configs/*/
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder in which data/coco_tiny is."""
+    """A folder that has data/coco_tiny."""
     out = tmp_path_factory.mktemp('coco_tiny')
     assert coco_tiny.main(['--out-dir', str(out / 'data/coco_tiny')]) == 0
     return out

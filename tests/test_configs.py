@@ -36,7 +36,7 @@ def build(cfg: Config) -> torch.nn.Module:
         return MODELS.build(cfg.model)
 
 
-def layers(model: torch.nn.Module) -> dict[str, type]:
+def find_layers(model: torch.nn.Module) -> dict[str, type]:
     return {name: type(layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
 
 
@@ -50,13 +50,15 @@ def test_the_deformable_layers_are_those_of_the_name(path: Path) -> None:
     named = re.search(r'-(d|md)conv(?:-group(\d+))?-c(\d)(?:-c5)?_', path.stem)
     if named is None:
         pools = {'dpool': modules.DeformRoIPoolPack, 'mdpool': modules.ModulatedDeformRoIPoolPack}
-        assert list(layers(model).values()) == [pools[tag] for tag in path.stem.split('_') if tag in pools] * 4
+        assert list(find_layers(model).values()) == [pools[tag] for tag in path.stem.split('_') if tag in pools] * 4
         return
     kind, groups, first = named.groups(default='1')
     packs = {'d': modules.DeformConv2dPack, 'md': modules.ModulatedDeformConv2dPack}
-    assert set(layers(model).values()) == {packs[kind]}
-    assert {model.get_submodule(name).deform_groups for name in layers(model)} == {int(groups)}
-    assert {name.split('.')[1] for name in layers(model)} == {f'layer{stage - 1}' for stage in range(int(first), 6)}
+    assert set(find_layers(model).values()) == {packs[kind]}
+    assert {model.get_submodule(name).deform_groups for name in find_layers(model)} == {int(groups)}
+    assert {name.split('.')[1] for name in find_layers(model)} == {
+        f'layer{stage - 1}' for stage in range(int(first), 6)
+    }
 
 
 @pytest.mark.parametrize('path', COCO, ids=lambda path: path.stem)
@@ -65,12 +67,12 @@ def test_a_coco_config_is_that_of_mmdet_with_the_layers_of_mmdcn(path: Path) -> 
     ours = build(Config.fromfile(path))
     shapes, expected = ({name: value.shape for name, value in model.state_dict().items()} for model in (ours, theirs))
     assert shapes == expected
-    assert layers(theirs)
-    assert {name: layer.__name__ for name, layer in layers(ours).items()} == {
-        name: layer.__name__ for name, layer in layers(theirs).items()
+    assert find_layers(theirs)
+    assert {name: layer.__name__ for name, layer in find_layers(ours).items()} == {
+        name: layer.__name__ for name, layer in find_layers(theirs).items()
     }
-    assert all(layer.__module__.startswith('mmcv.') for layer in layers(theirs).values())
-    assert all(layer.__module__.startswith('mmdcn.') for layer in layers(ours).values())
+    assert all(layer.__module__.startswith('mmcv.') for layer in find_layers(theirs).values())
+    assert all(layer.__module__.startswith('mmdcn.') for layer in find_layers(ours).values())
 
 
 def test_the_names_are_unique() -> None:
@@ -78,7 +80,7 @@ def test_the_names_are_unique() -> None:
 
 
 @cache
-def read(metafile: Path) -> dict[str, Any]:
+def read_metafile(metafile: Path) -> dict[str, Any]:
     return yaml.safe_load(metafile.read_text())
 
 
@@ -88,19 +90,19 @@ def test_a_metafile_has_the_figures_and_the_checkpoints_of_mmdet(metafile: Path)
     source = Path(mmdet.__file__).parent / '.mim/configs' / metafile.parent.name / 'metafile.yml'
     published = {
         Path(model['Config']).stem: {key: model[key] for key in ('Config', 'Metadata', 'Results', 'Weights')}
-        for model in read(source)['Models']
+        for model in read_metafile(source)['Models']
         if (ROOT / model['Config']).is_file()
     }
-    models = read(metafile)['Models']
-    (collection,) = read(metafile)['Collections']
+    models = read_metafile(metafile)['Models']
+    (collection,) = read_metafile(metafile)['Collections']
     assert {model['Name']: {key: model[key] for key in published[model['Name']]} for model in models} == published
     assert {model['In Collection'] for model in models} == {collection['Name']}
     assert (ROOT / collection['README']).is_file()
 
 
-def row(path: Path, columns: list[str]) -> str:
-    """Give the line of a config in the table of its folder's page."""
-    models = {Path(model['Config']).stem: model for model in read(path.with_name('metafile.yml'))['Models']}
+def make_row(path: Path, columns: list[str]) -> str:
+    """Return the row of a config in the table of its folder's page."""
+    models = {Path(model['Config']).stem: model for model in read_metafile(path.with_name('metafile.yml'))['Models']}
     model = models.get(path.stem)
     cells = dict.fromkeys(columns, '-') | {'config': f'[{path.stem}]({path.name})', 'checkpoint': 'not published'}
     if model:
@@ -115,10 +117,10 @@ def row(path: Path, columns: list[str]) -> str:
 def test_a_page_has_the_table_of_its_metafile(metafile: Path) -> None:
     lines = metafile.with_name('README.md').read_text().splitlines()
     header, _, *rows = [line.strip('| ') for line in lines if line.startswith('|')]
-    expected = {row(path, header.split(' | ')) for path in metafile.parent.glob('*.py')}
+    expected = {make_row(path, header.split(' | ')) for path in metafile.parent.glob('*.py')}
     assert set(rows) == expected
 
 
 def test_the_index_names_every_metafile() -> None:
     found = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/*/metafile.yml'))
-    assert read(ROOT / 'model-index.yml')['Import'] == found
+    assert read_metafile(ROOT / 'model-index.yml')['Import'] == found

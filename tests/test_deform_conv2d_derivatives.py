@@ -33,7 +33,7 @@ NAMES = ['input', 'offset', 'mask', 'weight', 'bias']
 each_subset_of_names = pytest.mark.parametrize('names', [names for names in each_subset(NAMES) if names], ids='+'.join)
 
 
-def tiny(mask: bool, bias: bool, groups: int, offset_groups: int, non_square: bool) -> Case:
+def tiny_case(mask: bool, bias: bool, groups: int, offset_groups: int, non_square: bool) -> Case:
     """A case with few elements, since each costs a full check two calls; an offset of two pixels leaves the image."""
     if non_square:
         return Case((2, 2), (3, 2), (1, 2), (2, 1), (0, 1), (1, 2), groups, offset_groups, 2, mask, bias)
@@ -41,7 +41,7 @@ def tiny(mask: bool, bias: bool, groups: int, offset_groups: int, non_square: bo
 
 
 CROSS = {
-    ' '.join(['mask'] * m + ['bias'] * b + [f'groups={g}', f'offset_groups={og}'] + ['non-square'] * n): tiny(
+    ' '.join(['mask'] * m + ['bias'] * b + [f'groups={g}', f'offset_groups={og}'] + ['non-square'] * n): tiny_case(
         m, b, g, og, n
     )
     for m, b, g, og, n in product((False, True), (False, True), (1, 2), (1, 2), (False, True))
@@ -54,8 +54,8 @@ each_cross_without_bias = pytest.mark.parametrize(
 )
 
 
-def function_of(call: Call) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Give the call as a function of its tensors, and these."""
+def as_function(call: Call) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return the call as a function of its tensors, and these tensors."""
     names = list(call.tensors())
 
     def function(*tensors: Tensor) -> Tensor:
@@ -74,17 +74,17 @@ def channels_last(call: Call) -> Call:
 @each_cross
 @pytest.mark.parametrize('arrange', [lambda call: call, channels_last], ids=['contiguous', 'channels last'])
 def test_gradients_equal_finite_differences(case: Case, arrange: Callable[[Call], Call], device: str) -> None:
-    assert gradcheck(*function_of(arrange(case.draw(device=device))), **CHECK)
+    assert gradcheck(*as_function(arrange(case.draw(device=device))), **CHECK)
 
 
 @each_cross_without_bias  # the output is linear in it
 def test_second_derivatives_equal_finite_differences(case: Case, device: str) -> None:
-    function, tensors = function_of(case.draw(device=device))
+    function, tensors = as_function(case.draw(device=device))
     assert gradgradcheck(function, tensors, **CHECK)
 
 
 def test_third_derivatives_equal_finite_differences(device: str) -> None:
-    function, tensors = function_of(Case((1, 1), (3, 2), (1, 2), batch=1, bias=False).draw(device=device))
+    function, tensors = as_function(Case((1, 1), (3, 2), (1, 2), batch=1, bias=False).draw(device=device))
 
     def gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
@@ -93,7 +93,7 @@ def test_third_derivatives_equal_finite_differences(device: str) -> None:
 
 
 def test_a_gradient_penalty_trains_with_an_empty_batch(device: str) -> None:
-    function, tensors = function_of(CASES['no image'].draw(device=device))
+    function, tensors = as_function(CASES['no image'].draw(device=device))
     grads = torch.autograd.grad(function(*tensors).sum(), tensors, create_graph=True)
     again = torch.autograd.grad(sum(g.square().sum() for g in grads), tensors, materialize_grads=True)
     assert [g.shape for g in again] == [t.shape for t in tensors]
@@ -139,12 +139,12 @@ def test_the_backward_of_the_reference_equals_autograd_of_its_forward(case: Case
 
 @each_cross
 def test_tangents_equal_finite_differences(case: Case, device: str) -> None:
-    function, tensors = function_of(case.draw(device=device))
+    function, tensors = as_function(case.draw(device=device))
     assert gradcheck(function, tensors, check_forward_ad=True, check_backward_ad=False, **CHECK)
 
 
 def test_forward_over_reverse_equals_finite_differences(device: str) -> None:
-    function, tensors = function_of(tiny(True, True, 2, 1, True).draw(device=device))
+    function, tensors = as_function(tiny_case(True, True, 2, 1, True).draw(device=device))
     assert gradgradcheck(
         function, tensors, check_fwd_over_rev=True, check_rev_over_rev=False, check_undefined_grad=False, **CHECK
     )
@@ -201,7 +201,7 @@ def test_grad_and_vjp_equal_autograd(device: str) -> None:
 
 
 def test_jacrev_equals_jacfwd(device: str) -> None:
-    function, tensors = function_of(tiny(True, True, 2, 1, True).draw(device=device))
+    function, tensors = as_function(tiny_case(True, True, 2, 1, True).draw(device=device))
     every = tuple(range(len(tensors)))
     for by_rows, by_columns in zip(
         jacrev(function, argnums=every)(*tensors), jacfwd(function, argnums=every)(*tensors), strict=True
@@ -214,7 +214,7 @@ def test_jacrev_equals_jacfwd(device: str) -> None:
 def test_each_way_to_the_hessian_gives_the_same(
     outer: Callable[..., Any], inner: Callable[..., Any], device: str
 ) -> None:
-    function, tensors = function_of(tiny(True, False, 1, 2, False).draw(device=device))
+    function, tensors = as_function(tiny_case(True, False, 1, 2, False).draw(device=device))
 
     def loss(*tensors: Tensor) -> Tensor:
         return function(*tensors).square().sum()
@@ -225,7 +225,7 @@ def test_each_way_to_the_hessian_gives_the_same(
 
 
 def test_hessian_of_torch_func_works(device: str) -> None:
-    function, tensors = function_of(tiny(False, False, 1, 1, True).draw(device=device))
+    function, tensors = as_function(tiny_case(False, False, 1, 1, True).draw(device=device))
     result = hessian(lambda offset: function(tensors[0], offset, tensors[2]).square().sum())(tensors[1])
     assert result.shape == tensors[1].shape * 2
     torch.testing.assert_close(result, result.movedim((0, 1, 2, 3), (4, 5, 6, 7)))
@@ -235,7 +235,7 @@ def test_hessian_of_torch_func_works(device: str) -> None:
 
 
 def stack_of_calls(case: Case, names: list[str], device: str) -> tuple[Call, list[Call], dict[str, int | None]]:
-    """Give three calls that differ in some tensors, and as one call in which these are mapped, along odd dimensions."""
+    """Return one call with some tensors stacked along odd dimensions, the three calls it holds, and its in_dims."""
     calls = [case.draw(device=device, seed=seed) for seed in range(3)]
     shared = {name: tensor for name, tensor in calls[0].tensors().items() if name not in names}
     calls = [replace(call, **shared) for call in calls]

@@ -319,13 +319,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 each_bad_call = pytest.mark.parametrize(('changes', 'message'), BAD.values(), ids=BAD.keys())
 
 
-def make(changes: dict[str, Any]) -> dict[str, Any]:
+def make_arguments(changes: dict[str, Any]) -> dict[str, Any]:
     arguments = {**GOOD, **changes}
     return {name: value() if callable(value) else value for name, value in arguments.items()}
 
 
 def test_the_call_that_the_bad_ones_are_made_from_is_good() -> None:
-    assert deform_conv2d(**make({})).shape == (3, 10, 4, 6)
+    assert deform_conv2d(**make_arguments({})).shape == (3, 10, 4, 6)
 
 
 def test_there_are_at_least_40_bad_calls() -> None:
@@ -333,10 +333,9 @@ def test_there_are_at_least_40_bad_calls() -> None:
 
 
 @each_bad_call
-def test_a_bad_call_raises_a_value_error_with_its_message_and_reaches_no_kernel(
-    changes: dict[str, Any], message: str
-) -> None:
-    arguments = make(changes)
+def test_a_bad_call_raises_a_value_error_and_reaches_no_kernel(changes: dict[str, Any], message: str) -> None:
+    """The message tells what was wrong."""
+    arguments = make_arguments(changes)
     with Recorder() as recorder, pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         deform_conv2d(**arguments)
     assert not recorder.calls
@@ -347,7 +346,7 @@ def test_a_bad_call_of_fake_tensors_raises_the_same(changes: dict[str, Any], mes
     if 'sparse' in message:
         pytest.skip('a FakeTensor has no sparse layout')
     with FakeTensorMode():
-        arguments = make(changes)
+        arguments = make_arguments(changes)
         with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
             deform_conv2d(**arguments)
 
@@ -355,7 +354,7 @@ def test_a_bad_call_of_fake_tensors_raises_the_same(changes: dict[str, Any], mes
 @each_bad_call
 def test_a_bad_call_under_autocast_is_a_value_error_too(changes: dict[str, Any], message: str) -> None:
     """Where autocast does not mend the types."""
-    arguments = make(changes)
+    arguments = make_arguments(changes)
     with torch.autocast('cpu', torch.bfloat16):
         try:
             deform_conv2d(**arguments)
@@ -368,7 +367,7 @@ def test_a_bad_call_under_autocast_is_a_value_error_too(changes: dict[str, Any],
 
 
 def operator_arguments(**changes: Any) -> list[Any]:
-    arguments = make({}) | {'groups': 2, 'offset_groups': 2} | changes
+    arguments = make_arguments({}) | {'groups': 2, 'offset_groups': 2} | changes
     order = ('input', 'offset', 'mask', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups', 'offset_groups')
     return [value() if callable(value) else value for value in map(arguments.get, order)]
 
@@ -427,7 +426,8 @@ def test_the_operator_itself_refuses_what_it_would_read_outside_of(changes: dict
 
 
 @pytest.mark.parametrize('changes', [changes for changes, _ in BAD_FOR_OPERATOR.values()], ids=BAD_FOR_OPERATOR.keys())
-def test_the_fake_operator_and_its_backward_refuse_what_the_operator_refuses(changes: dict[str, Any]) -> None:
+def test_the_fake_operator_refuses_what_the_operator_refuses(changes: dict[str, Any]) -> None:
+    """So does the fake of its backward."""
     with FakeTensorMode():
         arguments = operator_arguments(**changes)
         with pytest.raises(ValueError, match='must'):

@@ -9,7 +9,8 @@ from fuzz_deform_conv2d import fuzz
 
 
 @pytest.mark.usefixtures('one_thread')
-def test_drawn_calls_agree_with_the_reference_and_with_every_peer_that_can_answer() -> None:
+def test_drawn_calls_agree_with_the_reference_and_every_peer() -> None:
+    """A peer skips what it cannot run."""
     tally = fuzz(count=300, number=0)
     print(tally)
     assert tally.cases >= 300

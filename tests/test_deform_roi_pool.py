@@ -97,7 +97,7 @@ def bins_of_moved_regions(call: Call, roi_align: Callable[[Call], Tensor]) -> Te
 
 @pytest.mark.parametrize('roi_align', [pytest.param(mmcv_roi_align, marks=pytest.mark.mmcv_ops), torchvision_roi_align])
 @pytest.mark.parametrize('name', [name for name, case in CASES.items() if case.batch and case.rois])
-def test_a_bin_is_that_of_roi_align_on_a_moved_region_and_so_is_its_gradient(
+def test_a_bin_and_its_gradient_are_those_of_roi_align_on_a_moved_region(
     name: str, roi_align: Callable[[Call], Tensor]
 ) -> None:
     call = CASES[name].draw()
@@ -111,10 +111,8 @@ def test_a_bin_is_that_of_roi_align_on_a_moved_region_and_so_is_its_gradient(
 
 
 @pytest.mark.parametrize(('channel', 'step'), [(0, (0, 3)), (1, (2, 0))], ids=['x', 'y'])
-def test_of_the_two_offset_channels_the_first_moves_a_bin_right_and_the_second_down(
-    channel: int, step: tuple[int, int], device: str
-) -> None:
-    """By the width, or the height, of the region, times gamma."""
+def test_a_pair_of_offset_channels_moves_a_bin_right_and_down(channel: int, step: tuple[int, int], device: str) -> None:
+    """The first channel moves it right, the second down: by the width, or the height, of the region, times gamma."""
     input = torch.randn(1, 1, 9, 10, generator=torch.Generator().manual_seed(0)).to(device, torch.float64)
     roi = torch.tensor([[0, 0.5, 0.5, 6.5, 4.5]], device=device, dtype=torch.float64)  # 6 x 4 pixels from (0, 0)
     offset = torch.zeros(1, 2, 4, 6, device=device, dtype=torch.float64)
@@ -128,7 +126,7 @@ def test_of_the_two_offset_channels_the_first_moves_a_bin_right_and_the_second_d
 # Places and pixels that are not ordinary numbers
 
 
-def test_a_region_of_no_size_is_zero_and_one_that_is_inside_out_pools_backwards(device: str) -> None:
+def test_an_empty_region_is_zero_and_an_inside_out_one_pools_backwards(device: str) -> None:
     call = replace(Case(offset=False, bins=(1, 2), sampling_ratio=2).draw(device=device), spatial_scale=1.0)
     point = torch.tensor([[0.0, 3, 3, 3, 3]]).to(call.rois)
     assert not replace(call, rois=point, sampling_ratio=0)(deform_roi_pool).any()
@@ -186,9 +184,8 @@ def test_a_huge_region_costs_no_more_than_the_image(size: float, device: str) ->
 
 
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf], ids=str)
-def test_a_pixel_that_is_not_a_number_reaches_only_bins_with_a_sample_in_the_cells_around_it(
-    bad: float, device: str
-) -> None:
+def test_a_nan_or_infinite_pixel_reaches_only_bins_that_sample_beside_it(bad: float, device: str) -> None:
+    """Beside it are the four cells that it is a corner of."""
     input = torch.zeros(1, 1, 8, 8, device=device)
     input[0, 0, 4, 4] = bad
     roi = torch.tensor([[0, 0.75, 0.75, 8.75, 8.75]], device=device)  # samples at 0.75, 1.75, ...
@@ -358,8 +355,8 @@ def test_inference_mode_changes_no_bit(case: Case, device: str) -> None:
 # Derivatives and transforms
 
 
-def function_of(call: Call) -> tuple[Any, tuple[Tensor, ...]]:
-    """Give the pooling as a function of the tensors that have gradients, and these."""
+def as_function(call: Call) -> tuple[Any, tuple[Tensor, ...]]:
+    """Return the pooling as a function of the tensors that have gradients, and these tensors."""
     names = list(call.tensors())
 
     def function(*tensors: Tensor) -> Tensor:
@@ -373,7 +370,7 @@ TINY = Case(channels=2, size=(4, 3), rois=2, bins=(1, 2))
 
 @pytest.mark.parametrize('case', [TINY, replace(TINY, offset=False), replace(TINY, sampling_ratio=2)], ids=str)
 def test_first_and_second_derivatives_are_those_of_finite_differences(case: Case, device: str) -> None:
-    function, tensors = function_of(case.draw(device=device).map(lambda tensor: tensor.requires_grad_()))
+    function, tensors = as_function(case.draw(device=device).map(lambda tensor: tensor.requires_grad_()))
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, tensors)
 
@@ -385,7 +382,7 @@ def test_regions_get_no_gradient(device: str) -> None:
 
 
 def test_jacrev_equals_jacfwd_and_the_hessian_that_of_autograd(device: str) -> None:
-    function, tensors = function_of(TINY.draw(device=device))
+    function, tensors = as_function(TINY.draw(device=device))
     for rows, columns in zip(
         jacrev(function, argnums=(0, 1))(*tensors), jacfwd(function, argnums=(0, 1))(*tensors), strict=True
     ):
@@ -400,7 +397,7 @@ def test_jacrev_equals_jacfwd_and_the_hessian_that_of_autograd(device: str) -> N
 
 
 def test_a_tangent_in_eager_mode_reaches_the_output(device: str) -> None:
-    function, tensors = function_of(TINY.draw(device=device))
+    function, tensors = as_function(TINY.draw(device=device))
     tangents = [torch.randn_like(tensor) for tensor in tensors]
 
     def moved(step: float) -> Tensor:
@@ -539,9 +536,10 @@ BAD_FOR_OPERATOR: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize('changes', BAD_FOR_OPERATOR.values(), ids=BAD_FOR_OPERATOR.keys())
 @pytest.mark.parametrize(('mode', 'error'), [(nullcontext, RuntimeError), (FakeTensorMode, ValueError)])
-def test_the_operator_itself_reads_outside_no_tensor_and_its_fake_refuses_the_same(
+def test_the_operator_itself_refuses_what_it_would_read_outside_of(
     mode: Callable[[], Any], error: type[Exception], changes: dict[str, Any]
 ) -> None:
+    """Its fake and its backward refuse the same."""
     with mode() as context:
         fake = context.from_tensor if context else torch.clone
         call = replace(GOOD, **changes).map(fake)

@@ -170,7 +170,7 @@ def test_sharded_parameters_learn_as_whole_ones_and_resume(folder: Path, two: Pa
     assert all(torch.equal(sharded[key], expected[key]) for key in expected)
 
 
-def test_deepspeed_learns_as_distributed_data_parallel_and_resumes_and_tests(folder: Path, two: Path) -> None:
+def test_deepspeed_learns_as_ddp_does_and_resumes_and_tests(folder: Path, two: Path) -> None:
     command = ('dist_train.sh', 'deepspeed.py', 2, '--resume', '--work-dir', 'deepspeed')
     run(folder, *command, '--cfg-options', 'train_cfg.max_epochs=2')
     assert 'resumed epoch: 2' in run(folder, *command)

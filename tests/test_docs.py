@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation is true: its code runs and prints what the page says, and its links lead somewhere."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import conformance
@@ -67,6 +69,11 @@ def test_the_conformance_page_lists_every_test() -> None:
         assert any(f'(../tests/{path.name})' in line for line in lines)
 
 
+def test_the_name_of_a_test_has_at_most_70_characters() -> None:
+    promises = [promise for path in (ROOT / 'tests').glob('test_*.py') for promise in conformance.find_promises(path)]
+    assert [promise.test for promise in promises if len(promise.test) > 70] == []
+
+
 def test_a_promise_is_the_name_of_a_test_as_prose_and_its_docstring(tmp_path: Path) -> None:
     file = tmp_path / 'test_x.py'
     file.write_text('def test_a_nan_offset_gives_nan_on_cuda(device):\n    """Of two\n    lines.\n\n    More."""\n')
@@ -80,3 +87,12 @@ def test_a_promise_is_the_name_of_a_test_as_prose_and_its_docstring(tmp_path: Pa
 def test_a_script_that_a_page_names_exists(page: Path) -> None:
     scripts = re.findall(r'\b(?:tools|benchmarks|demo|tests)/[a-z0-9_/]+\.(?:py|sh)\b', page.read_text())
     assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_ci_runs_the_lint_and_the_tests(tmp_path: Path) -> None:
+    """With the targets `lint`, `test` and `test-mmcv` of make."""
+    (tmp_path / 'make').write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / 'make').chmod(0o755)
+    env = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+    result = subprocess.run([ROOT / '.ci/run'], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ['lint', 'test', 'test-mmcv']

@@ -26,8 +26,10 @@ RATES = dict(dcn_offset_lr_mult=0.1, bias_lr_mult=2.0, bias_decay_mult=0.0, norm
 MENDED = 'mended upstream: drop the row in docs/plugin.md'
 
 
-def groups(model: nn.Module, constructor: str = 'DefaultOptimWrapperConstructor', **paramwise: Any) -> dict[str, tuple]:
-    """Give the learning rate and the weight decay of each parameter, by name."""
+def get_rates(
+    model: nn.Module, constructor: str = 'DefaultOptimWrapperConstructor', **paramwise: Any
+) -> dict[str, tuple]:
+    """Return the learning rate and the weight decay of each parameter, by name."""
     cfg = dict(constructor=constructor, optimizer=dict(type='SGD', lr=1.0, weight_decay=1.0), paramwise_cfg=paramwise)
     names = {parameter: name for name, parameter in model.named_parameters()}
     optimizer = build_optim_wrapper(model, cfg).optimizer
@@ -38,9 +40,9 @@ def groups(model: nn.Module, constructor: str = 'DefaultOptimWrapperConstructor'
     }
 
 
-def slow(model: nn.Module) -> set[str]:
-    """Give the modules that `dcn_offset_lr_mult` reaches."""
-    rates = groups(model, CONSTRUCTOR, dcn_offset_lr_mult=0.1)
+def find_slowed_modules(model: nn.Module) -> set[str]:
+    """Return the modules that `dcn_offset_lr_mult` reaches."""
+    rates = get_rates(model, CONSTRUCTOR, dcn_offset_lr_mult=0.1)
     return {name.rpartition('.')[0] for name, (rate, _) in rates.items() if rate == 0.1}
 
 
@@ -52,7 +54,7 @@ def slow(model: nn.Module) -> set[str]:
 )
 @pytest.mark.parametrize('name', ['DCN', 'DCNv2'])
 def test_the_groups_are_those_of_the_layers_of_mmcv(constructor: str, paramwise: dict, name: str) -> None:
-    ours, theirs = (groups(build(backbone(layer)), constructor, **paramwise) for layer in (f'mmdcn.{name}', name))
+    ours, theirs = (get_rates(build(backbone(layer)), constructor, **paramwise) for layer in (f'mmdcn.{name}', name))
     assert ours == theirs
     assert ours['layer3.1.conv2.conv_offset.weight'] == (0.1, 1.0)
     assert ours['layer3.1.conv2.conv_offset.bias'] == (0.1, 1.0)
@@ -64,13 +66,13 @@ def centripetal_head() -> nn.Module:
     return build(dict(type='CentripetalHead', num_classes=2, in_channels=4, corner_emb_channels=0, num_feat_levels=1))
 
 
-def head(name: str, **settings: Any) -> nn.Module:
+def build_head(name: str, **settings: Any) -> nn.Module:
     return build(dict(type=name, num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1, **settings))
 
 
 def tood_head() -> nn.Module:
     anchors = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8])
-    return head('TOODHead', num_dcn=1, anchor_generator=anchors, norm_cfg=None)
+    return build_head('TOODHead', num_dcn=1, anchor_generator=anchors, norm_cfg=None)
 
 
 BESIDE_THEIR_LAYER = {
@@ -86,10 +88,10 @@ BESIDE_THEIR_LAYER = {
     'TOOD': (tood_head, {'inter_convs.0.conv.conv_offset', 'reg_offset_module.0', 'reg_offset_module.2'}),
 }
 NO_OFFSETS = {
-    'RepPoints: points have a loss': lambda: head(
+    'RepPoints: points have a loss': lambda: build_head(
         'RepPointsHead', point_feat_channels=8, norm_cfg=dict(type='GN', num_groups=4)
     ),
-    'VFNet: boxes have a loss': lambda: head('VFNetHead', norm_cfg=dict(type='GN', num_groups=4)),
+    'VFNet: boxes have a loss': lambda: build_head('VFNetHead', norm_cfg=dict(type='GN', num_groups=4)),
     'CenterNet: offsets of centres': lambda: build(
         dict(type='CenterNetHead', num_classes=2, in_channels=4, feat_channels=4)
     ),
@@ -97,33 +99,33 @@ NO_OFFSETS = {
 
 
 @pytest.mark.parametrize('name', BESIDE_THEIR_LAYER)
-def test_the_constructor_reaches_the_layers_that_predict_offsets_and_no_others(name: str) -> None:
+def test_the_constructor_reaches_exactly_the_layers_that_predict_offsets(name: str) -> None:
     make, expected = BESIDE_THEIR_LAYER[name]
-    assert slow(nn.ModuleDict(dict(part=make()))) == {f'part.{each}' for each in expected}
+    assert find_slowed_modules(nn.ModuleDict(dict(part=make()))) == {f'part.{each}' for each in expected}
 
 
 @pytest.mark.parametrize('name', NO_OFFSETS)
 def test_the_constructor_leaves_predictions_with_a_loss_of_their_own(name: str) -> None:
-    assert slow(NO_OFFSETS[name]()) == set()
+    assert find_slowed_modules(NO_OFFSETS[name]()) == set()
 
 
 def test_that_of_mmengine_does_not_reach_the_layers_beside() -> None:
     for make, _ in BESIDE_THEIR_LAYER.values():
-        rates = groups(make(), dcn_offset_lr_mult=0.1)
+        rates = get_rates(make(), dcn_offset_lr_mult=0.1)
         reached = [name for name, (rate, _) in rates.items() if rate == 0.1]
         assert all('.conv.conv_offset.' in name for name in reached), MENDED
 
 
 def test_custom_keys_go_before_the_multiplier() -> None:
     paramwise = dict(custom_keys={'conv_offset': dict(lr_mult=7.0)}, dcn_offset_lr_mult=0.1)
-    rates = groups(FeatureAlign(4, 4), CONSTRUCTOR, **paramwise)
+    rates = get_rates(FeatureAlign(4, 4), CONSTRUCTOR, **paramwise)
     assert rates['conv_offset.weight'] == (7.0, 1.0)
 
 
 def test_frozen_layers_are_in_no_group() -> None:
     layer = FeatureAlign(4, 4)
     layer.conv_offset.requires_grad_(False)
-    assert list(groups(layer, CONSTRUCTOR, dcn_offset_lr_mult=0.1)) == ['conv_adaption.weight']
+    assert list(get_rates(layer, CONSTRUCTOR, dcn_offset_lr_mult=0.1)) == ['conv_adaption.weight']
 
 
 @pytest.mark.parametrize(('model', 'expected'), [(nn.Conv2d(2, 2, 1), 1), (FeatureAlign(4, 4), 0)])
@@ -132,7 +134,7 @@ def test_a_multiplier_that_reaches_nothing_is_warned_of(
 ) -> None:
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
-    groups(model, CONSTRUCTOR, dcn_offset_lr_mult=0.1)
+    get_rates(model, CONSTRUCTOR, dcn_offset_lr_mult=0.1)
     logger.removeHandler(caplog.handler)
     warnings = [record for record in caplog.records if 'dcn_offset_lr_mult has no effect' in record.message]
     assert [record.levelname for record in warnings] == ['WARNING'] * expected
@@ -150,7 +152,7 @@ print(type(build_optim_wrapper(nn.Conv2d(1, 1, 1), cfg)).__name__)
     assert result.stdout.split()[-1] == 'OptimWrapper'
 
 
-def counted(model: nn.Module, *size: int) -> tuple[int, int]:
+def count_flops(model: nn.Module, *size: int) -> tuple[int, int]:
     info = get_model_complexity_info(model, size, show_table=False, show_arch=False)
     return info['flops'], info['activations']
 
@@ -163,25 +165,27 @@ SETTINGS = [
 
 @pytest.mark.parametrize('settings', SETTINGS, ids=str)
 @pytest.mark.parametrize(('layer', 'kinds'), [(modules.DeformConv2dPack, 2), (modules.ModulatedDeformConv2dPack, 3)])
-def test_a_layer_counts_as_two_convolutions_and_four_multiply_adds_for_each_sample(
-    layer: type, kinds: int, settings: dict
-) -> None:
+def test_a_layer_counts_as_two_convolutions_and_its_samples(layer: type, kinds: int, settings: dict) -> None:
+    """A sample counts four multiply-adds."""
     plain = {key: value for key, value in settings.items() if key != 'deform_groups'}
     taps = 9 if settings['kernel_size'] == 3 else 6
     predicted = dict(plain, out_channels=kinds * taps * settings.get('deform_groups', 1), groups=1)
     channels = settings['in_channels']
-    convolution, activations = counted(nn.Sequential(nn.Conv2d(**plain, bias=False)), channels, 7, 10)
-    prediction, predictions = counted(nn.Sequential(nn.Conv2d(**predicted)), channels, 7, 10)
+    convolution, activations = count_flops(nn.Sequential(nn.Conv2d(**plain, bias=False)), channels, 7, 10)
+    prediction, predictions = count_flops(nn.Sequential(nn.Conv2d(**predicted)), channels, 7, 10)
     positions = activations // settings['out_channels']
     sampling = 4 * channels * taps * positions
     flops = convolution + prediction + sampling
-    assert counted(nn.Sequential(layer(**settings, bias=False)), channels, 7, 10) == (flops, activations + predictions)
+    assert count_flops(nn.Sequential(layer(**settings, bias=False)), channels, 7, 10) == (
+        flops,
+        activations + predictions,
+    )
 
 
 def test_of_a_layer_of_mmcv_only_the_prediction_of_offsets_is_counted() -> None:
     theirs = nn.Sequential(mmcv.ops.ModulatedDeformConv2dPack(4, 6, 3, padding=1))
     prediction = nn.Sequential(nn.Conv2d(4, 27, 3, padding=1))
-    assert counted(theirs, 4, 7, 10)[0] == counted(prediction, 4, 7, 10)[0], MENDED
+    assert count_flops(theirs, 4, 7, 10)[0] == count_flops(prediction, 4, 7, 10)[0], MENDED
 
 
 def test_a_deformable_detector_counts_as_more_than_a_plain_one() -> None:

@@ -62,12 +62,16 @@ def page(tab: Page, file: Path) -> Iterator[Page]:
 
 def point_at(page: Page, y: float, x: float) -> None:
     """Move the mouse to a place of the image."""
-    left, top, width, height = page.run('(r => [r.x, r.y, r.width, r.height])(at("photo").getBoundingClientRect())')
+    left, top, width, height = page.evaluate(
+        '(r => [r.x, r.y, r.width, r.height])(at("photo").getBoundingClientRect())'
+    )
     page.move_mouse(left + (x + 0.5) / 64 * width, top + (y + 0.5) / 40 * height)
 
 
 def samples(page: Page) -> torch.Tensor:  # [N, 3]: y, x, opacity
-    rows = page.run('[...at("samples").children].map(c => ["cy", "cx", "opacity"].map(n => Number(c.getAttribute(n))))')
+    rows = page.evaluate(
+        '[...at("samples").children].map(c => ["cy", "cx", "opacity"].map(n => Number(c.getAttribute(n))))'
+    )
     return torch.tensor(rows).reshape(-1, 3)
 
 
@@ -80,10 +84,10 @@ def expected(
 
 
 def test_it_opens_without_an_error_on_the_best_detection(page: Page) -> None:
-    assert page.run('document.title') == 'Offset explorer: Trees & </script>'
-    assert page.run('at("detections").children[1].textContent') == '<b>70.40'
-    assert page.run('document.querySelectorAll(".box").length') == 2
-    assert page.run('[state.y, state.x]') == [15, 20]
+    assert page.evaluate('document.title') == 'Offset explorer: Trees & </script>'
+    assert page.evaluate('at("detections").children[1].textContent') == '<b>70.40'
+    assert page.evaluate('document.querySelectorAll(".box").length') == 2
+    assert page.evaluate('[state.y, state.x]') == [15, 20]
     assert len(samples(page)) == 9
 
 
@@ -119,43 +123,47 @@ def test_offset_groups_can_be_chosen(page: Page, recorder: SamplingRecorder) -> 
     places, _ = expected(recorder, '1', 20, 30, depth=1, group=1)
     torch.testing.assert_close(samples(page)[:, :2], places, rtol=0, atol=1e-2)
     page.click(FIRST)
-    assert page.run('at("groupbox").hidden')
+    assert page.evaluate('at("groupbox").hidden')
 
 
 def test_the_plain_grid_can_be_compared_and_hidden(page: Page) -> None:
     page.click(FIRST)
     point_at(page, 12, 16)
-    corners = page.run('[...at("grid").children].map(r => Number(r.getAttribute("x")) + r.getAttribute("width") / 2)')
+    corners = page.evaluate(
+        '[...at("grid").children].map(r => Number(r.getAttribute("x")) + r.getAttribute("width") / 2)'
+    )
     # The nearest position is on pixel 24 of the network's input; its taps step over single pixels there.
     x = [(pixel + 0.5) / 1.5 - 0.5 for pixel in (23, 24, 25)]
     assert corners == pytest.approx(x * 3, abs=1e-2)
-    assert page.run('at("moves").children.length') == 9
+    assert page.evaluate('at("moves").children.length') == 9
     page.click('#plain')
-    assert page.run('at("grid").children.length + at("moves").children.length') == 0
+    assert page.evaluate('at("grid").children.length + at("moves").children.length') == 0
 
 
 def test_the_keyboard_moves_the_place_and_chooses_layers_and_detections(page: Page) -> None:
-    page.run('at("stage").focus()')
+    page.evaluate('at("stage").focus()')
     page.press('l')
-    layer = page.run('state.layer')
-    y, x = page.run('[state.y, state.x]')
+    layer = page.evaluate('state.layer')
+    y, x = page.evaluate('[state.y, state.x]')
     page.press('ArrowDown')
     page.press('ArrowLeft', modifiers=8)  # Shift
-    stride = page.run('data.layers[state.layer].stride')
-    assert page.run('[state.y, state.x]') == pytest.approx([y + stride[0], x - 1])
+    stride = page.evaluate('data.layers[state.layer].stride')
+    assert page.evaluate('[state.y, state.x]') == pytest.approx([y + stride[0], x - 1])
     page.press('2')
     assert len(samples(page)) == (81 if layer else 9)
     page.press('d')
-    assert page.run('[state.y, state.x]') == [34, 54.5]
+    assert page.evaluate('[state.y, state.x]') == [34, 54.5]
     page.press('g')
-    assert page.run('at("grid").children.length') == 0
+    assert page.evaluate('at("grid").children.length') == 0
 
 
 def test_a_finger_that_is_dragged_moves_the_place(page: Page, recorder: SamplingRecorder) -> None:
     page.click(FIRST)
-    left, top, width, height = page.run('(r => [r.x, r.y, r.width, r.height])(at("photo").getBoundingClientRect())')
+    left, top, width, height = page.evaluate(
+        '(r => [r.x, r.y, r.width, r.height])(at("photo").getBoundingClientRect())'
+    )
     page.drag_finger((left + 0.2 * width, top + 0.2 * height), (left + 0.5 * width, top + 0.25 * height))
-    y, x = page.run('[state.y, state.x]')
+    y, x = page.evaluate('[state.y, state.x]')
     assert (y, x) == pytest.approx((9.5, 31.5), abs=0.1)
     places, _ = expected(recorder, '0', y, x, depth=1)
     torch.testing.assert_close(samples(page)[:, :2], places, rtol=0, atol=1e-2)
@@ -173,19 +181,19 @@ def test_text_is_readable_in_both_themes(page: Page) -> None:
     for theme in ('light', 'dark'):
         page.theme(theme)
         for text, ground in (('h1', 'body'), ('#subtitle', 'body'), ('dt', 'section'), ('[aria-pressed=true]',) * 2):
-            colours = page.run(
+            colours = page.evaluate(
                 f'[getComputedStyle(document.querySelector({text!r})).color, '
                 f'getComputedStyle(document.querySelector({ground!r})).backgroundColor]'
             )
             dark, light = sorted(map(luminance, colours))
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (theme, text)
-        grounds[theme] = page.run('getComputedStyle(document.body).backgroundColor')
+        grounds[theme] = page.evaluate('getComputedStyle(document.body).backgroundColor')
     assert luminance(grounds['light']) > 0.8 > 0.05 > luminance(grounds['dark'])
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(page: Page) -> None:
     page.resize(390, 844, mobile=True)
-    assert page.run('document.documentElement.scrollWidth') == 390
+    assert page.evaluate('document.documentElement.scrollWidth') == 390
 
 
 def test_offsets_that_are_not_finite_are_left_out(recorder: SamplingRecorder, tab: Page, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_a_core_that_was_never_built_is_named_with_the_way_to_build_it(package: 
     assert BUILD in result.stderr
 
 
-def test_a_core_that_does_not_load_is_named_with_the_reason_and_the_way_to_build_it(package: Path) -> None:
+def test_a_core_that_does_not_load_is_named_with_the_reason(package: Path) -> None:
+    """The error also says how to build it."""
     for name in ('_C', '_C_avx2', '_C_avx512'):
         (package / f'{name}.abi3.so').write_text('not a library')
     result = run(package.parent, 'import mmdcn')
@@ -92,7 +93,8 @@ def test_without_the_cuda_library_the_cpu_works_and_a_gpu_is_told_why_not(packag
     assert f'{BUILD}` in a checkout of mmdcn, with nvcc on the PATH' in result.stderr
 
 
-def test_with_a_cuda_library_that_does_not_load_the_cpu_works_and_a_gpu_is_told_why_not(package: Path) -> None:
+def test_with_a_broken_cuda_library_the_cpu_works(package: Path) -> None:
+    """A call on a GPU raises an error that says why the library does not load."""
     add_cpu_libraries(package)
     (package / '_C_cuda.abi3.so').write_text('not a library')
     result = run(package.parent, CLAIM_CUDA + USE)
@@ -135,9 +137,8 @@ def test_a_fake_tensor_may_be_on_a_gpu_that_is_not_there() -> None:
         ('avx512', 'avx2 avx512_f', '_C'),
     ],
 )
-def test_no_library_is_loaded_that_the_processor_cannot_run_whatever_aten_cpu_capability_says(
-    capability: str, lacking: str, library: str
-) -> None:
+def test_no_library_is_loaded_that_the_processor_cannot_run(capability: str, lacking: str, library: str) -> None:
+    """Whatever `ATEN_CPU_CAPABILITY` says."""
     code = (
         'import torch\n'
         'features = dict(torch.cpu.get_capabilities())\n'

@@ -44,7 +44,8 @@ def convolution() -> int:
 
 
 @pytest.mark.parametrize('masked', [True, False])
-def test_the_forward_counts_as_a_convolution_and_four_multiply_adds_for_each_sample(masked: bool) -> None:
+def test_the_forward_counts_as_a_convolution_and_its_samples(masked: bool) -> None:
+    """A sample counts four multiply-adds."""
     x = call() if masked else dict(call(), mask=None)
     assert flops(lambda: deform_conv2d(**x, **GEOMETRY)) == convolution() + PER_SAMPLE * SAMPLES
 

@@ -27,8 +27,8 @@ PYRAMID = [torch.randn(2, 8, size, size + 2, generator=torch.Generator().manual_
 ROUNDING = 2e-5
 
 
-def trained(model: nn.Module) -> nn.Module:
-    """Give a model the statistics and offsets of one that was trained, and eval mode."""
+def randomize(model: nn.Module) -> nn.Module:
+    """Draw the statistics and offsets that a trained model has, and switch to eval mode."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             nn.init.normal_(module.running_mean, std=0.3)
@@ -42,13 +42,13 @@ def trained(model: nn.Module) -> nn.Module:
     return model
 
 
-def norms(model: nn.Module) -> int:
+def count_norms(model: nn.Module) -> int:
     return sum(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 @torch.no_grad()
-def error(fuse: Callable, model: nn.Module, *inputs: Any, run: Callable = nn.Module.__call__) -> float:
-    """Give the largest error of the fused model, relative to the largest output."""
+def fusion_error(fuse: Callable, model: nn.Module, *inputs: Any, run: Callable = nn.Module.__call__) -> float:
+    """Return the largest error of the fused model, relative to the largest output."""
 
     def flat(output: Any) -> list[Tensor]:
         return [output] if isinstance(output, Tensor) else [tensor for each in output for tensor in flat(each)]
@@ -75,10 +75,10 @@ class Block(nn.Module):
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.SyncBatchNorm, lambda count: nn.BatchNorm2d(count, affine=False)])
 def test_a_convolution_and_its_norm_become_one(layer: type, bias: bool, norm: Callable) -> None:
     torch.manual_seed(0)
-    model = trained(nn.Sequential(layer(4, 6, 3, padding=1, bias=bias), norm(6), nn.ReLU()))
-    assert error(fuse_conv_bn, model, torch.randn(2, 4, 5, 7)) < ROUNDING
+    model = randomize(nn.Sequential(layer(4, 6, 3, padding=1, bias=bias), norm(6), nn.ReLU()))
+    assert fusion_error(fuse_conv_bn, model, torch.randn(2, 4, 5, 7)) < ROUNDING
     assert fuse_conv_bn(model) is model
-    assert norms(model) == 0
+    assert count_norms(model) == 0
 
 
 @pytest.mark.parametrize(('layer', 'count'), [(modules.DeformConv2d, 2), (modules.ModulatedDeformConv2d, 3)])
@@ -92,10 +92,10 @@ def test_so_do_a_layer_with_offsets_from_outside_and_its_norm(layer: type, count
             return self.norm(self.conv(*(x, offset, mask)[:count]))
 
     torch.manual_seed(0)
-    head = trained(Head())
+    head = randomize(Head())
     inputs = torch.randn(2, 4, 5, 7), torch.randn(2, 18, 5, 7), torch.rand(2, 9, 5, 7)
-    assert error(fuse_conv_bn, head, *inputs) < ROUNDING
-    assert norms(fuse_conv_bn(head)) == 0
+    assert fusion_error(fuse_conv_bn, head, *inputs) < ROUNDING
+    assert count_norms(fuse_conv_bn(head)) == 0
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_so_do_a_layer_with_offsets_from_outside_and_its_norm(layer: type, count
 )
 def test_of_a_backbone_every_norm_is_fused(model: Callable) -> None:
     torch.manual_seed(0)
-    backbone = trained(model())
-    assert error(fuse_conv_bn, backbone, torch.randn(1, 3, 45, 70)) < ROUNDING
-    assert norms(fuse_conv_bn(backbone)) == 0
+    backbone = randomize(model())
+    assert fusion_error(fuse_conv_bn, backbone, torch.randn(1, 3, 45, 70)) < ROUNDING
+    assert count_norms(fuse_conv_bn(backbone)) == 0
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_of_a_backbone_every_norm_is_fused(model: Callable) -> None:
     [(fcos_config, nn.Module.__call__), (faster_rcnn_config, lambda model, x: model.rpn_head(model.extract_feat(x)))],
 )
 def test_of_a_detector_every_norm_is_fused(config: Callable, run: Callable) -> None:
-    model = trained(build(config()))
-    assert norms(model) > 10
-    assert error(fuse_conv_bn, model, torch.randn(2, 3, 48, 80), run=run) < ROUNDING
-    assert norms(fuse_conv_bn(model)) == 0
+    model = randomize(build(config()))
+    assert count_norms(model) > 10
+    assert fusion_error(fuse_conv_bn, model, torch.randn(2, 3, 48, 80), run=run) < ROUNDING
+    assert count_norms(fuse_conv_bn(model)) == 0
 
 
 def rtmdet_head() -> nn.Module:
@@ -158,17 +158,17 @@ def tood_head() -> nn.Module:
     ],
 )
 def test_a_head_with_a_trap_gives_the_same_numbers(make: Callable, left: int) -> None:
-    head = trained(make())
-    assert error(fuse_conv_bn, head, PYRAMID) < ROUNDING
-    assert norms(fuse_conv_bn(head)) == left
+    head = randomize(make())
+    assert fusion_error(fuse_conv_bn, head, PYRAMID) < ROUNDING
+    assert count_norms(fuse_conv_bn(head)) == left
 
 
 def test_behind_a_transposed_convolution_a_norm_is_left_as_it_is() -> None:
     cfg = dict(type='CTResNetNeck', in_channels=8, num_deconv_filters=(4,), num_deconv_kernels=(4,), use_dcn=False)
-    neck = trained(build(cfg))
-    assert norms(neck) == 2
-    assert error(fuse_conv_bn, neck, PYRAMID[:1]) < ROUNDING
-    assert norms(fuse_conv_bn(neck)) == 1
+    neck = randomize(build(cfg))
+    assert count_norms(neck) == 2
+    assert fusion_error(fuse_conv_bn, neck, PYRAMID[:1]) < ROUNDING
+    assert count_norms(fuse_conv_bn(neck)) == 1
 
 
 TRAPS = {
@@ -188,9 +188,9 @@ TRAPS = {
 def test_only_a_norm_that_takes_all_of_a_convolution_is_fused(name: str, layer: type) -> None:
     torch.manual_seed(0)
     use, left = TRAPS[name]
-    model = trained(Block(use, layer))
-    assert error(fuse_conv_bn, model, torch.randn(2, 4, 5, 7)) < ROUNDING
-    assert norms(fuse_conv_bn(model)) == left
+    model = randomize(Block(use, layer))
+    assert fusion_error(fuse_conv_bn, model, torch.randn(2, 4, 5, 7)) < ROUNDING
+    assert count_norms(fuse_conv_bn(model)) == left
 
 
 @pytest.mark.parametrize(
@@ -238,10 +238,10 @@ def spectral() -> nn.Module:
 )
 def test_a_pair_that_cannot_be_fused_is_left_as_it_is(model: Callable) -> None:
     torch.manual_seed(0)
-    module = trained(model())
-    before = norms(module)
-    assert error(fuse_conv_bn, module, torch.randn(2, 4, 5, 7)) < ROUNDING
-    assert norms(fuse_conv_bn(module)) == before
+    module = randomize(model())
+    before = count_norms(module)
+    assert fusion_error(fuse_conv_bn, module, torch.randn(2, 4, 5, 7)) < ROUNDING
+    assert count_norms(fuse_conv_bn(module)) == before
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,9 @@ def test_a_pair_that_cannot_be_fused_is_left_as_it_is(model: Callable) -> None:
 )
 def test_mmcv_fuses_wrong_pairs(make: Callable, x: Any) -> None:
     torch.manual_seed(0)
-    assert error(mmcv.cnn.fuse_conv_bn, trained(make()), x) > 0.01, MENDED
+    assert fusion_error(mmcv.cnn.fuse_conv_bn, randomize(make()), x) > 0.01, MENDED
 
 
 def test_mmcv_leaves_the_norms_of_deformable_layers() -> None:
     backbone = ResNet(18, base_channels=4, dcn=dict(type='DCNv2'), stage_with_dcn=(False, True, True, True))
-    assert norms(mmcv.cnn.fuse_conv_bn(backbone)) == 6, MENDED
+    assert count_norms(mmcv.cnn.fuse_conv_bn(backbone)) == 6, MENDED

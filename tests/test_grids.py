@@ -92,7 +92,9 @@ def test_a_layer_without_padding_begins_inside_the_image() -> None:
     assert recorder.layers[0].grid == Grid((2.0, 2.0), (5.0, 5.0))
 
 
-def test_layers_are_followed_along_the_features_and_not_in_the_order_of_their_calls() -> None:
+def test_layers_are_followed_along_the_features() -> None:
+    """The order of their calls does not matter."""
+
     class TwoBranches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -110,7 +112,9 @@ def test_layers_are_followed_along_the_features_and_not_in_the_order_of_their_ca
     assert recorder.points('last#2', 6, 8, depth=9)[0].shape == (9**4, 2)  # stem, left, last, and last again
 
 
-def test_where_the_origin_of_a_map_is_unknown_its_edges_are_the_image_s_and_regions_are_left_out() -> None:
+def test_a_map_of_unknown_origin_has_the_edges_of_the_image() -> None:
+    """Maps of regions are left out."""
+
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()

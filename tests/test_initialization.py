@@ -50,21 +50,22 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def predictors(model: nn.Module) -> list[nn.Module]:
+def find_predictors(model: nn.Module) -> list[nn.Module]:
     return [layer.conv_offset for layer in model.modules() if hasattr(layer, 'conv_offset')]
 
 
-def largest(parts: list[nn.Module]) -> float:
+def largest_parameter(parts: list[nn.Module]) -> float:
     return max(parameter.abs().max().item() for part in parts for parameter in part.parameters())
 
 
 @pytest.mark.parametrize('name', PARTS)
-def test_in_any_part_of_a_model_offsets_are_zero_and_weights_those_of_a_convolution(name: str) -> None:
+def test_in_any_model_part_offsets_are_zero_and_weights_follow_kaiming(name: str) -> None:
+    """So do those of a plain convolution."""
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmdet'):
         part = PARTS[name]()
         part.init_weights()
-    assert largest(predictors(part)) == 0
+    assert largest_parameter(find_predictors(part)) == 0
     for layer in (layer for layer in part.modules() if hasattr(layer, 'conv_offset')):
         # Kaiming's standard deviation is sqrt(2 / fan_out). Of n normal draws it is known to 1 / sqrt(2 * n), and all
         # of some 100 layers are within 5 of those.
@@ -77,7 +78,7 @@ def test_of_mmcv_the_offsets_in_a_container_are_not_zero() -> None:
     with DefaultScope.overwrite_default_scope('mmdet'):
         neck = necks.FPN([8, 8], 8, 2, conv_cfg=dict(type='DCNv2'))
     neck.init_weights()
-    assert largest(predictors(neck)) > 0.1, 'mended upstream: drop the row in docs/plugin.md'
+    assert largest_parameter(find_predictors(neck)) > 0.1, 'mended upstream: drop the row in docs/plugin.md'
 
 
 class Parent(BaseModule):
@@ -112,8 +113,8 @@ WAYS: dict[str, dict] = {
 ROI_POOLING = dict(output_size=(2, 3), output_channels=4, deform_fc_channels=8)
 
 
-def roi_predictors(layer: nn.Module) -> list[nn.Module]:
-    """Give the last linear layers of a RoI layer, before the activations."""
+def find_roi_predictors(layer: nn.Module) -> list[nn.Module]:
+    """Return the linear layers whose outputs are offsets and masks, before the activations."""
     stacks = [layer.offset_fc, *([layer.mask_fc] if hasattr(layer, 'mask_fc') else [])]
     return [[part for part in stack if hasattr(part, 'weight')][-1] for stack in stacks]
 
@@ -121,14 +122,13 @@ def roi_predictors(layer: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('switch', ['registered', 'converted'])
 @pytest.mark.parametrize('name', [*NAMES, 'DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack'])
-def test_however_a_parent_draws_its_weights_offsets_stay_zero_and_masks_one_half(
-    name: str, switch: str, way: str
-) -> None:
+def test_however_a_parent_draws_its_weights_offsets_stay_zero(name: str, switch: str, way: str) -> None:
+    """Masks stay one half."""
     settings = ROI_POOLING if 'RoI' in name else dict(in_channels=4, out_channels=6, kernel_size=3)
     layer = getattr(modules if switch == 'registered' else mmcv.ops, name)(**settings)
     parent = Parent(mmdcn.convert_model(layer), **WAYS[way])
     parent.init_weights()
-    assert largest(roi_predictors(layer) if 'RoI' in name else predictors(parent)) == 0
+    assert largest_parameter(find_roi_predictors(layer) if 'RoI' in name else find_predictors(parent)) == 0
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -143,7 +143,7 @@ def test_a_parent_may_initialize_the_offsets_by_their_name(name: str) -> None:
 
     own = Own()
     own.init_weights()
-    assert largest(predictors(own)) == 0.25
+    assert largest_parameter(find_predictors(own)) == 0.25
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -152,7 +152,7 @@ def test_outside_of_an_initialization_a_predictor_is_a_module_as_any(name: str) 
     model.apply(draw_convolution)
     assert [key for key, _ in model.named_modules()] == ['', '0', '0.conv_offset']
     assert [key for key, _ in model.named_parameters()][-2:] == ['0.conv_offset.weight', '0.conv_offset.bias']
-    assert largest(predictors(model)) > 0
+    assert largest_parameter(find_predictors(model)) > 0
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -160,7 +160,7 @@ def test_an_initialization_of_the_layer_alone_is_one_from_scratch(name: str) -> 
     layer = getattr(modules, name)(4, 6, 3)
     randomised(layer)
     layer.init_weights()
-    assert largest(predictors(layer)) == 0
+    assert largest_parameter(find_predictors(layer)) == 0
 
 
 def randomised(model: nn.Module) -> dict[str, Tensor]:

@@ -93,8 +93,8 @@ DEFECTS = {
 ROWS = [(row, name) for row, defect in DEFECTS.items() for name in PACKS if getattr(defect, name.lower()) is not None]
 
 
-def pair(layer: str) -> tuple[nn.Module, nn.Module]:
-    """Give mmcv's layer and mmdcn's, with the same random parameters."""
+def make_layers(layer: str) -> tuple[nn.Module, nn.Module]:
+    """Return mmcv's layer and mmdcn's, with the same random parameters."""
     torch.manual_seed(0)
     theirs, ours = (getattr(package, layer)(4, 6, 3, padding=1, bias=False) for package in (mmcv.ops, modules))
     for parameter in theirs.parameters():
@@ -103,8 +103,8 @@ def pair(layer: str) -> tuple[nn.Module, nn.Module]:
     return theirs, ours
 
 
-def right(layer: nn.Module, x: Tensor) -> Tensor:
-    """Give what a pack of K = 9 taps defines: convolve for offsets and masks, then sample."""
+def expected_output(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what a pack of K = 9 taps defines: convolve for offsets and masks, then sample."""
     layer, x = deepcopy(layer).double(), x.double()
     predicted = F.conv2d(x, layer.conv_offset.weight, layer.conv_offset.bias, padding=1)
     mask = predicted[:, 18:].sigmoid() if isinstance(layer, mmcv.ops.ModulatedDeformConv2d) else None
@@ -131,9 +131,9 @@ def mended(row: str) -> str:
 def test_mmcv_fails_where_mmdcn_gives_what_the_layer_defines(row: str, name: str) -> None:
     defect = DEFECTS[row]
     today = getattr(defect, name.lower())
-    theirs, ours = pair(PACKS[name])
+    theirs, ours = make_layers(PACKS[name])
     x = torch.randn(defect.shape)
-    expected = right(theirs, x)
+    expected = expected_output(theirs, x)
 
     result = outcome(defect.call, theirs, x)
     if today is WRONG:
@@ -150,21 +150,22 @@ def test_mmcv_has_no_bias_in_dcn_where_mmdcn_adds_one() -> None:
         mmcv.ops.DeformConv2dPack(4, 6, 3, bias=True)
     layer, x = modules.DeformConv2dPack(4, 6, 3, padding=1, bias=True), torch.randn(2, 4, 6, 7)
     nn.init.normal_(layer.bias)
-    expected = right(layer, x) + layer.bias.double()[:, None, None]
+    expected = expected_output(layer, x) + layer.bias.double()[:, None, None]
     assert is_close(layer(x), expected, 2**-18)
 
 
 @pytest.mark.parametrize('name', PACKS)
 def test_mmcv_has_no_meta_tensors_where_mmdcn_gives_their_shape(name: str) -> None:
-    theirs, ours = (layer.to('meta') for layer in pair(PACKS[name]))
+    theirs, ours = (layer.to('meta') for layer in make_layers(PACKS[name]))
     x = torch.empty(2, 4, 6, 7, device='meta')
     assert isinstance(outcome(plainly, theirs, x), str), mended('meta tensors')
     assert ours(x).shape == (2, 6, 6, 7)
 
 
 @pytest.mark.parametrize('name', PACKS)
-def test_mmcv_gives_wrong_second_derivatives_where_those_of_mmdcn_equal_finite_differences(name: str) -> None:
-    theirs, ours = (layer.double() for layer in pair(PACKS[name]))
+def test_mmcvs_second_derivatives_are_wrong_and_mmdcns_are_right(name: str) -> None:
+    """Right ones equal finite differences."""
+    theirs, ours = (layer.double() for layer in make_layers(PACKS[name]))
     x = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
     assert not gradgradcheck(theirs, x, raise_exception=False), mended('second derivatives')
     assert gradgradcheck(ours, x)
@@ -172,7 +173,7 @@ def test_mmcv_gives_wrong_second_derivatives_where_those_of_mmdcn_equal_finite_d
 
 @pytest.mark.parametrize('name', PACKS)
 def test_mmcv_hides_nan_offsets_where_mmdcn_shows_them(name: str) -> None:
-    theirs, ours = pair(PACKS[name])
+    theirs, ours = make_layers(PACKS[name])
     x = torch.randn(2, 4, 6, 7)
     for layer in (theirs, ours):
         with torch.no_grad():
@@ -184,7 +185,7 @@ def test_mmcv_hides_nan_offsets_where_mmdcn_shows_them(name: str) -> None:
 @pytest.mark.parametrize(('shape', 'what'), [((2, 36, 6, 7), 'channels'), ((2, 18, 7, 8), 'positions')])
 def test_mmcv_takes_offsets_of_a_wrong_shape_where_mmdcn_refuses_them(shape: tuple, what: str) -> None:
     # Too many numbers, for what mmcv does of too few reads outside of the tensor.
-    theirs, ours = pair('ModulatedDeformConv2d')
+    theirs, ours = make_layers('ModulatedDeformConv2d')
     x, offset, mask = torch.randn(2, 4, 6, 7), torch.randn(shape), torch.rand(2, shape[1] // 2, *shape[2:])
     assert theirs(x, offset, mask).shape == (2, 6, 6, 7), mended(f'offsets for other {what}')
     with pytest.raises(ValueError, match='offset must have'):
@@ -192,7 +193,7 @@ def test_mmcv_takes_offsets_of_a_wrong_shape_where_mmdcn_refuses_them(shape: tup
 
 
 def test_mmcv_refuses_offsets_that_are_a_slice_where_mmdcn_takes_them() -> None:
-    theirs, ours = pair('DeformConv2d')
+    theirs, ours = make_layers('DeformConv2d')
     x, predicted = torch.randn(2, 4, 6, 7), torch.randn(2, 27, 6, 7)
     result = outcome(lambda layer, x: layer(x, predicted[:, :18]), theirs, x)
     assert isinstance(result, str), mended('sliced offsets')

@@ -17,8 +17,8 @@ from mmdcn.openmmlab import mmcv_ext
 mmcv_ops = pytest.mark.mmcv_ops
 
 
-def compiled() -> Any:
-    """Give mmcv's own module, where it is compiled."""
+def import_compiled() -> Any:
+    """Return mmcv's own module, which must be compiled."""
     import mmcv._ext
 
     assert mmcv._ext is not mmcv_ext, 'mmcv is not compiled'
@@ -50,8 +50,8 @@ def draw_rois(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.cat([images.to(dtype), first, first + size], 1)
 
 
-def pool(module: Any, input: Tensor, rois: Tensor, ratio: int, mode: int, aligned: bool) -> list[Tensor]:
-    """Give RoIAlign's output, the places of its maxima, and the gradient of the input."""
+def run_roi_align(module: Any, input: Tensor, rois: Tensor, ratio: int, mode: int, aligned: bool) -> list[Tensor]:
+    """Return RoIAlign's output, the places of its maxima, and the gradient of the input."""
     output = input.new_zeros(len(rois), input.shape[1], 3, 2)
     argmax = [torch.zeros_like(output if mode == 0 else input[:0]) for _ in range(2)]
     settings = dict(
@@ -73,7 +73,9 @@ def pool(module: Any, input: Tensor, rois: Tensor, ratio: int, mode: int, aligne
 @pytest.mark.parametrize('offset', [0, 1])
 def test_nms_and_its_order_are_those_of_mmcv(count: int, levels: int, threshold: float, offset: int) -> None:
     boxes, scores = draw_boxes(count, levels)
-    keep = [module.nms(boxes, scores, iou_threshold=threshold, offset=offset) for module in (mmcv_ext, compiled())]
+    keep = [
+        module.nms(boxes, scores, iou_threshold=threshold, offset=offset) for module in (mmcv_ext, import_compiled())
+    ]
     assert torch.equal(*keep)
 
 
@@ -85,7 +87,7 @@ def test_nms_and_its_order_are_those_of_mmcv(count: int, levels: int, threshold:
 def test_soft_nms_its_scores_and_its_order_are_those_of_mmcv(count: int, levels: int, method: int, offset: int) -> None:
     boxes, scores = draw_boxes(count, levels)
     results = []
-    for module in (mmcv_ext, compiled()):
+    for module in (mmcv_ext, import_compiled()):
         dets = boxes.new_zeros(count, 5)
         settings = dict(iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset)
         indices = module.softnms(boxes.clone(), scores.clone(), dets, **settings)
@@ -101,7 +103,7 @@ def test_soft_nms_its_scores_and_its_order_are_those_of_mmcv(count: int, levels:
 def test_the_groups_of_nms_match_are_those_of_mmcv(count: int, levels: int, threshold: float) -> None:
     boxes, scores = draw_boxes(count, levels)
     dets = torch.cat([boxes, scores[:, None]], 1)
-    ours, theirs = (module.nms_match(dets, iou_threshold=threshold) for module in (mmcv_ext, compiled()))
+    ours, theirs = (module.nms_match(dets, iou_threshold=threshold) for module in (mmcv_ext, import_compiled()))
     assert ours == theirs
 
 
@@ -115,7 +117,9 @@ def test_roi_align_and_its_gradient_are_those_of_mmcv(
     count: int, ratio: int, mode: int, aligned: bool, dtype: torch.dtype
 ) -> None:
     input, rois = randn(2, 3, 5, 9, dtype=dtype), draw_rois(count, dtype)
-    ours, theirs = (pool(module, input, rois, ratio, mode, aligned) for module in (mmcv_ext, compiled()))
+    ours, theirs = (
+        run_roi_align(module, input, rois, ratio, mode, aligned) for module in (mmcv_ext, import_compiled())
+    )
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     for name, actual, expected in zip(('output', 'argmax_y', 'argmax_x', 'grad_input'), ours, theirs, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda m, name=name: f'{name}: {m}')
@@ -131,8 +135,8 @@ def draw_convolution() -> dict[str, Tensor]:
     )  # fmt: skip
 
 
-def deform_conv(module: Any, t: dict[str, Tensor]) -> list[Tensor]:
-    """Give the output, and the gradients of input, offset and weight."""
+def run_deform_conv(module: Any, t: dict[str, Tensor]) -> list[Tensor]:
+    """Return the output, and the gradients of input, offset and weight."""
     output, none = torch.empty_like(t['grad']), t['input'].new_empty(0)
     names = dict(kW=2, kH=3, dW=1, dH=2, padW=2, padH=1, dilationW=2, dilationH=1, group=2, deformable_group=3)
     step = dict(im2col_step=2)
@@ -145,8 +149,8 @@ def deform_conv(module: Any, t: dict[str, Tensor]) -> list[Tensor]:
     return [output, *grads]
 
 
-def modulated_deform_conv(module: Any, t: dict[str, Tensor], with_bias: bool) -> list[Tensor]:
-    """Give the output, and the gradients of input, weight, bias, offset and mask."""
+def run_modulated_deform_conv(module: Any, t: dict[str, Tensor], with_bias: bool) -> list[Tensor]:
+    """Return the output, and the gradients of input, weight, bias, offset and mask."""
     output, none = torch.empty_like(t['grad']), t['input'].new_empty(0)
     bias = t['bias'] if with_bias else none
     names = dict(
@@ -166,7 +170,9 @@ def modulated_deform_conv(module: Any, t: dict[str, Tensor], with_bias: bool) ->
 @mmcv_ops
 def test_deform_conv_and_its_gradients_are_those_of_mmcv() -> None:
     tensors = draw_convolution()
-    for ours, theirs in zip(*(deform_conv(module, tensors) for module in (mmcv_ext, compiled())), strict=True):
+    for ours, theirs in zip(
+        *(run_deform_conv(module, tensors) for module in (mmcv_ext, import_compiled())), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -177,7 +183,7 @@ def test_modulated_deform_conv_and_its_gradients_are_those_of_mmcv(with_bias: bo
     tensors = draw_convolution()
     if finer:
         tensors |= dict(offset=randn(2, 36, 7, 11), mask=randn(2, 18, 7, 11))
-    results = (modulated_deform_conv(module, tensors, with_bias) for module in (mmcv_ext, compiled()))
+    results = (run_modulated_deform_conv(module, tensors, with_bias) for module in (mmcv_ext, import_compiled()))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -197,7 +203,7 @@ def test_the_first_values_of_finer_maps_are_used_in_any_memory_format(memory_for
 
 @mmcv_ops
 def test_it_has_every_name_that_mmcv_asks_for_and_takes_the_same_arguments() -> None:
-    for name, function in vars(compiled()).items():
+    for name, function in vars(import_compiled()).items():
         if not name.startswith('_') and name in vars(mmcv_ext):
             names = re.findall(r'(\w+): ', function.__doc__.split(' ->')[0])
             code = getattr(mmcv_ext, name).__code__
@@ -207,7 +213,7 @@ def test_it_has_every_name_that_mmcv_asks_for_and_takes_the_same_arguments() -> 
 # By definitions
 
 
-def each(function: Callable) -> Callable:
+def each_roi_align(function: Callable) -> Callable:
     return pytest.mark.parametrize('aligned', [True, False])(pytest.mark.parametrize('ratio', [0, 2])(function))
 
 
@@ -251,11 +257,11 @@ def roi_align(input: Tensor, rois: Tensor, ratio: int, mode: int, aligned: bool)
     return torch.stack(regions)
 
 
-@each
+@each_roi_align
 @pytest.mark.parametrize('mode', [0, 1], ids=['max', 'avg'])
 def test_roi_align_and_its_gradient_follow_from_its_samples(ratio: int, aligned: bool, mode: int, device: str) -> None:
     input, rois = randn(2, 3, 5, 9), draw_rois(7)
-    actual = pool(mmcv_ext, input.to(device), rois.to(device), ratio, mode, aligned)
+    actual = run_roi_align(mmcv_ext, input.to(device), rois.to(device), ratio, mode, aligned)
     input.requires_grad_()
     expected = roi_align(input, rois, ratio, mode, aligned)
     grad_input = torch.autograd.grad(expected, input, randn(*expected.shape))[0]
@@ -274,15 +280,16 @@ def test_gradients_are_added_to_what_is_there(device: str) -> None:
     torch.testing.assert_close(further, fresh + 1)
 
 
-def edges(low: float, high: float, number: int, bins: int, size: int) -> range:
-    """Give the pixels of one of RoIPool's bins along an axis at scale 1/4."""
+def bin_pixels(low: float, high: float, number: int, bins: int, size: int) -> range:
+    """Return the pixels of one of RoIPool's bins along an axis at scale 1/4."""
     length, start = (high + 1 - low) / 4 / bins, low / 4
     first, end = math.floor(number * length + start), math.ceil((number + 1) * length + start)
     return range(*(min(max(edge, 0), size) for edge in (first, end)))
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16], ids=str)
-def test_roi_pool_gives_the_largest_pixel_of_each_bin_and_its_gradient_to_it(dtype: torch.dtype, device: str) -> None:
+def test_roi_pool_gives_the_largest_pixel_of_each_bin(dtype: torch.dtype, device: str) -> None:
+    """That pixel gets the gradient."""
     input = randn(2, 3, 5, 9).to(device, dtype)
     input[0, 0, 1:3] = 7  # equal pixels: the first of them counts
     rois = draw_rois(7).round().to(device, dtype)
@@ -295,7 +302,7 @@ def test_roi_pool_gives_the_largest_pixel_of_each_bin_and_its_gradient_to_it(dty
     expected, places, gradient = torch.zeros_like(output), torch.full_like(argmax, -1), torch.zeros_like(input)
     for n, channel, row, column in product(*map(range, output.shape)):
         image, x1, y1, x2, y2 = rois[n].tolist()
-        pixels = list(product(edges(y1, y2, row, 3, 5), edges(x1, x2, column, 2, 9)))
+        pixels = list(product(bin_pixels(y1, y2, row, 3, 5), bin_pixels(x1, x2, column, 2, 9)))
         if pixels:
             y, x = max(pixels, key=lambda at, plane=input[int(image), channel]: plane[at].item())
             expected[n, channel, row, column] = input[int(image), channel, y, x]
@@ -308,7 +315,7 @@ def test_roi_pool_gives_the_largest_pixel_of_each_bin_and_its_gradient_to_it(dty
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize('weighted', [False, True])
-def test_the_focal_loss_and_its_gradient_are_those_of_cross_entropy_times_a_factor(
+def test_the_focal_loss_and_its_gradient_are_cross_entropy_times_a_factor(
     dtype: torch.dtype, weighted: bool, device: str
 ) -> None:
     gamma, alpha = 1.5, 0.3
@@ -332,7 +339,7 @@ def test_the_focal_loss_and_its_gradient_are_those_of_cross_entropy_times_a_fact
 
 
 @pytest.mark.parametrize(('kernel', 'padding'), [((3, 2), (1, 0)), ((1, 1), (0, 0)), ((2, 5), (3, 1))])
-def test_a_masked_convolution_is_a_convolution_at_the_positions_of_the_mask(
+def test_a_masked_convolution_is_a_convolution_where_the_mask_is_set(
     kernel: tuple[int, int], padding: tuple[int, int], device: str
 ) -> None:
     image, weight = randn(1, 3, 6, 7).to(device), randn(4, 3, *kernel).to(device)
@@ -367,7 +374,8 @@ def test_deformable_roi_pooling_is_that_of_mmdcn(device: str) -> None:
         torch.testing.assert_close(actual, wanted)
 
 
-def test_multi_scale_attention_and_its_gradients_are_those_of_mmcv_s_plain_torch(device: str) -> None:
+def test_multi_scale_attention_and_its_gradients_are_those_of_plain_torch(device: str) -> None:
+    """mmcv has that version too."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
     sizes = torch.tensor([[5, 4], [3, 2]], device=device)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / 'packages/mmdcn-mmcv'
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """Give a folder for modules, with the installed mmcv but for what is compiled, and the file of mmdcn-mmcv."""
+    """A folder for modules: the installed mmcv without what is compiled, and the file of mmdcn-mmcv."""
     folder = tmp_path / 'site/mmcv'
     folder.mkdir(parents=True)
     for path in Path(mmcv.__file__).parent.iterdir():

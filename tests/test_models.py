@@ -167,7 +167,7 @@ def wide_stage(name: str, cls: Callable = ResNet, **settings: Any) -> MMDetResNe
 
 
 def deviation_from_kaiming(weight: torch.Tensor) -> float:
-    """Give the weight's standard deviation relative to sqrt(2 / fan_out)."""
+    """Return the weight's standard deviation relative to sqrt(2 / fan_out)."""
     return weight.std().item() / (2 / (weight.shape[0] * 9)) ** 0.5
 
 
@@ -191,7 +191,8 @@ def test_from_scratch_the_last_norm_of_each_block_is_zero(depth: int) -> None:
     assert all(getattr(block, last).weight.abs().max() == 0 for block in (*backbone.layer1, *backbone.layer4))
 
 
-def test_of_mmcv_the_offsets_of_dcn_are_not_zero_and_the_weights_of_dcnv2_are_not_those_of_kaiming() -> None:
+def test_mmcv_draws_offsets_for_dcn_and_too_small_weights_for_dcnv2() -> None:
+    """The offsets should be zero, and the weights' deviation that of Kaiming's initialization."""
     torch.manual_seed(0)
     backbones = {name: wide_stage(name, MMDetResNet) for name in ('DCN', 'DCNv2')}
     for backbone in backbones.values():
@@ -202,7 +203,7 @@ def test_of_mmcv_the_offsets_of_dcn_are_not_zero_and_the_weights_of_dcnv2_are_no
 
 
 @pytest.mark.parametrize('name', ['mmdcn.DCN', 'mmdcn.DCNv2'])
-def test_pretrained_weights_of_plain_convolutions_are_loaded_and_offsets_are_zero(tmp_path: Path, name: str) -> None:
+def test_pretrained_plain_convolutions_are_loaded_and_offsets_are_zero(tmp_path: Path, name: str) -> None:
     plain = resnet(18, None)
     torch.save(plain.state_dict(), tmp_path / 'resnet18.pth')
     checkpoint = dict(type='Pretrained', checkpoint=str(tmp_path / 'resnet18.pth'))

@@ -134,7 +134,8 @@ def test_a_new_dcnv2_is_half_a_convolution() -> None:
 
 
 @pytest.mark.parametrize('name', LAYERS)
-def test_from_scratch_the_offsets_are_zero_and_the_weight_is_drawn_as_that_of_a_convolution(name: str) -> None:
+def test_from_scratch_offsets_are_zero_and_weights_follow_kaiming(name: str) -> None:
+    """So do those of a plain convolution in mmdet's ResNet."""
     torch.manual_seed(0)
     backbone = ResNet(50, dcn=dict(type=f'mmdcn.{name}'), stage_with_dcn=(False, False, False, True))
     backbone.init_weights()

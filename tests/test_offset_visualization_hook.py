@@ -77,7 +77,8 @@ def test_statistics_of_every_layer_and_pictures_reach_the_backends(layer: str, t
     assert warnings_of(tmp_path) == []
 
 
-def test_offsets_that_run_away_are_warned_of_once_with_the_layer_and_the_remedy(tmp_path: Path) -> None:
+def test_offsets_that_run_away_are_warned_of_once(tmp_path: Path) -> None:
+    """The warning names the layer and the remedy."""
     model = detector()
     with torch.no_grad():
         model.backbone.layer3[1].conv2.conv_offset.bias[:18] = 40.0  # its map has 3 x 5 pixels

@@ -132,7 +132,8 @@ def test_mim_puts_a_config_beside_the_checkpoint_that_the_zoo_has_fetched(
 
 
 @checkout
-def test_every_config_and_tool_travels_in_the_wheel_and_every_checkpoint_in_that_of_the_zoo(tmp_path: Path) -> None:
+def test_the_wheels_have_every_config_tool_and_checkpoint(tmp_path: Path) -> None:
+    """Configs and tools are in mmdcn's wheel, checkpoints in that of mmdcn-zoo."""
     for distribution, library in ((ROOT, 'mmdcn'), (ROOT / 'packages/mmdcn-zoo', 'zoo')):
         command = [sys.executable, 'setup.py', '--quiet', 'build_py', '--build-lib', str(tmp_path / library)]
         subprocess.run(command, cwd=distribution, check=True)

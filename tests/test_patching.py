@@ -131,7 +131,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def run(model: nn.Module, inputs: Any) -> tuple[list[Tensor], set[str]]:
-    """Give all outputs, the gradients of the parameters that have any, and the names of the operators that ran."""
+    """Return all outputs, the gradients of the parameters that have any, and the names of the operators that ran."""
     with torch.autograd.profiler.profile() as profile:
         outputs = [output for output in tree_leaves(model(*inputs)) if isinstance(output, Tensor)]
         loss = sum((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() for output in outputs)
@@ -189,7 +189,8 @@ def test_patch_mmdet_reaches_the_functions_that_a_built_model_calls(name: str) -
 
 
 @pytest.mark.mmcv_ops
-def test_tood_samples_float32_boxes_at_offsets_of_autocast_without_rounding_them() -> None:
+def test_tood_samples_float32_boxes_without_rounding_them() -> None:
+    """Their offsets are bfloat16 under autocast."""
     torch.manual_seed(0)
     head, boxes, offset = BY_FUNCTION['TOOD'].build(), 1000 * torch.rand(2, 4, 5, 7), torch.randn(2, 8, 5, 7).bfloat16()
     expected = head.deform_sampling(boxes, offset.float())
@@ -217,7 +218,8 @@ def imports_of_mmcv() -> Iterator[tuple[str, str]]:
                 yield from ((module, alias.name) for alias in node.names if alias.name in names)
 
 
-def test_patch_mmdet_replaces_every_import_of_mmdet_and_unpatch_mmdet_restores_it() -> None:
+def test_patch_mmdet_replaces_every_import_and_unpatch_mmdet_restores_it() -> None:
+    """These are mmdet's imports of mmcv's deformable convolutions."""
     places = list(imports_of_mmcv())
     assert len(places) == 9
 

@@ -125,7 +125,8 @@ def assert_identical(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize('axis', [0, 1], ids=['y', 'x'])
-def test_the_cases_hold_strides_that_fit_and_strides_that_leave_a_remainder(axis: int) -> None:
+def test_the_cases_hold_strides_with_and_without_a_remainder(axis: int) -> None:
+    """A remainder: rows or columns at the far side that no window begins in."""
     strided = [case for case in CASES.values() if pair(case.stride)[axis] > 1]
     assert {case.remainder[axis] > 0 for case in strided} == {True, False}
 

@@ -69,7 +69,7 @@ def pool_by_roi_align(
 
 @pytest.mark.mmcv_ops
 @pytest.mark.parametrize('name', PACKS)
-def test_a_random_state_dict_gives_what_the_code_of_mmcv_gives_on_roi_align(
+def test_a_random_state_dict_gives_what_mmcvs_code_gives_on_roi_align(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = randomised(getattr(mmcv.ops, name)(**SETTINGS))
@@ -147,7 +147,8 @@ def test_the_extractor_finds_the_layers_by_their_names(name: str, prefix: str) -
     assert all(isinstance(layer, getattr(mmcv.ops, name)) for layer in layers)
 
 
-def test_the_extractor_takes_layers_of_mmcv_and_classes_and_leaves_the_config_as_it_is() -> None:
+def test_the_extractor_takes_layers_of_mmcv_and_classes() -> None:
+    """It leaves the config as it is."""
     assert isinstance(extractor(mmdcn.SingleRoIExtractor, 'RoIAlign').roi_layers[0], mmcv.ops.RoIAlign)
     cfg = dict(type=modules.DeformRoIPool, output_size=2)
     mmdcn.SingleRoIExtractor(roi_layer=cfg, out_channels=4, featmap_strides=[4])

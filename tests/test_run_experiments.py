@@ -77,7 +77,7 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def kept(folder: Path) -> dict[str, Result]:
+def read_results(folder: Path) -> dict[str, Result]:
     """The results of the first row."""
     content = json.loads((folder / 'out/results/mnist_scenes.json').read_text())
     return content['faster-rcnn_r18-w32_fpn_6e_mnist-scenes']
@@ -89,7 +89,7 @@ def test_a_killed_set_goes_on_and_reports_every_run(folder: Path) -> None:
     with started(folder) as process:
         # Its first words, since the file is there a moment before the training, which then holds the lock.
         wait_for(lambda: output.exists() and output.stat().st_size, process)
-        first = kept(folder)['seed_0']
+        first = read_results(folder)['seed_0']
         process.kill()  # this process alone: what it has started works on
         process.wait()
         assert is_locked(folder)
@@ -99,7 +99,7 @@ def test_a_killed_set_goes_on_and_reports_every_run(folder: Path) -> None:
 
     assert 'waiting until it ends' in printed
     assert '4/4' in progress
-    results = kept(folder)
+    results = read_results(folder)
     assert results.keys() == {'seed_0', 'seed_1'} and results['seed_0'] == first
     ap50 = report.mean_and_deviation([100 * result['metrics']['coco/bbox_mAP_50'] for result in results.values()])
     assert f'| {ap50} |' in ' '.join(printed.split())
@@ -223,7 +223,7 @@ def test_an_empty_last_checkpoint_counts_for_none(tmp_path: Path) -> None:
         ([50.0, 52.0, 54.0], [60.0, 62.0, 64.0], 'lower'),
     ],
 )
-def test_a_difference_has_the_interval_of_student_where_both_deviations_are_equal(
+def test_for_equal_deviations_the_interval_is_that_of_student(
     values: list[float], baseline: list[float], expected: str
 ) -> None:
     shift = np.mean(values) - np.mean(baseline)
@@ -277,7 +277,7 @@ def test_a_report_has_what_is_finished_and_compares_it_with_what_is(tmp_path: Pa
 
 
 def kept_runs(chosen: ExperimentSet) -> list[Run]:
-    """Give a set's runs where the repository keeps the results."""
+    """Return a set's runs where the repository keeps the results."""
     return [make_run(experiment, ROOT / 'experiments', seed) for seed in range(3) for experiment in chosen.experiments]
 
 

@@ -88,9 +88,8 @@ def test_training_moves_the_offsets(trained: Path) -> None:
     assert all(value.abs().max() > 0 for value in offsets)
 
 
-def test_testing_prints_the_average_precision_of_the_training_and_dumps_detections(
-    trained: Path, scenes: Path, tmp_path: Path
-) -> None:
+def test_testing_prints_the_average_precision_of_the_training(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    """`--out` dumps the detections, `--show-dir` draws them."""
     out = tmp_path / 'detections.pkl'
     result = run(
         'test.py', CONFIG, trained / f'epoch_{EPOCHS}.pth', '--work-dir', tmp_path, '--out', out,
@@ -129,9 +128,9 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(trained: Path, scenes:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_mixed_precision_trains_on_a_cpu_by_option_or_by_config_and_resumes_with_the_same_bits(
-    scenes: Path, tmp_path: Path
-) -> None:
+def test_mixed_precision_trains_on_a_cpu_and_resumes_with_the_same_bits(scenes: Path, tmp_path: Path) -> None:
+    """It is asked for by `--amp` or by the config."""
+
     def train(name: str, epochs: int, *arguments: str, extra: tuple[str, ...] = ()) -> Path:
         settings = (*options(scenes), f'train_cfg.max_epochs={epochs}', *extra)
         result = run('train.py', CONFIG, '--work-dir', tmp_path / name, *arguments, *settings)
@@ -167,9 +166,10 @@ except ImportError:
     [({}, '3000'), ({'GOMP_SPINCOUNT': '7'}, '7'), ({'OMP_WAIT_POLICY': 'PASSIVE'}, 'None')],
     ids=['nothing', 'a count', 'a policy'],
 )
-def test_a_tool_sets_how_long_threads_spin_before_torch_is_imported_unless_the_user_has(
+def test_a_tool_sets_how_long_threads_spin_before_it_imports_torch(
     tool: str, policy: dict[str, str], count: str
 ) -> None:
+    """What the user has set stays."""
     env = {key: value for key, value in os.environ.items() if key not in WAITING} | policy
     arguments = [sys.executable, '-c', WITHOUT_TORCH, str(ROOT / tool)]
     result = subprocess.run(arguments, env=env, capture_output=True, text=True, check=True)
@@ -385,7 +385,8 @@ def test_an_error_that_a_user_can_put_right_is_one_line(error: type, capsys: pyt
     assert capsys.readouterr() == ('', 'error: what and how\n')
 
 
-def test_a_file_that_the_config_names_is_told_with_its_place_and_any_other_keeps_its_traceback() -> None:
+def test_a_missing_file_of_the_config_is_told_with_its_place() -> None:
+    """Any other missing file keeps its traceback."""
     cfg = Config(dict(model=dict(neck=[dict(init_cfg=dict(type='Pretrained', checkpoint='none.pth'))])))
     place = r'^model.neck\[0\].init_cfg.checkpoint: none.pth does not exist'
     with pytest.raises(LaunchError, match=place), explained(cfg):

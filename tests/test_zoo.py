@@ -102,7 +102,7 @@ def entry(package: Package, trained: Path) -> dict:
 
 
 @pytest.fixture
-def here(package: Package, entry: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(package: Package, entry: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same zoo for calls in this process, and its cache, which is empty."""
     package.list_models(entry)
     monkeypatch.setattr(zoo, 'MIM', package.mim)
@@ -127,9 +127,10 @@ def filename(entry: dict) -> str:
     return entry['Weights'].removeprefix('mmdcn://')
 
 
-def test_a_published_checkpoint_has_the_averaged_weights_in_half_and_no_more_than_their_use_needs(
+def test_a_published_checkpoint_has_the_averaged_weights_in_half_precision(
     package: Package, trained: Path, entry: dict
 ) -> None:
+    """It has no more of the training than inference needs."""
     training = load_training(trained)
     published = torch.load(package.config.with_name(filename(entry)), weights_only=True)
     averaged = {key: value for key, value in training['ema_state_dict'].items() if key.startswith('module.')}
@@ -144,9 +145,10 @@ def test_a_published_checkpoint_has_the_averaged_weights_in_half_and_no_more_tha
         assert published['state_dict'][key].dtype == expected.dtype
 
 
-def test_the_hash_is_that_of_the_file_and_the_same_wherever_it_is_published(
+def test_the_hash_is_that_of_the_file_wherever_it_is_published(
     package: Package, trained: Path, entry: dict, tool: Callable[..., int], tmp_path: Path
 ) -> None:
+    """Publishing again gives the same file."""
     assert tool(PUBLISH, package.config, trained, '--half', '--out-dir', tmp_path) == 0
     (again,) = tmp_path.glob('*')
     assert hashlib.sha256(again.read_bytes()).hexdigest() == entry['SHA256']
@@ -211,7 +213,7 @@ def http(package: Package) -> Iterator[str]:
 
 
 @pytest.fixture
-def elsewhere(package: Package, entry: dict) -> Iterator[Path]:
+def checkpoint_folder(package: Package, entry: dict) -> Iterator[Path]:
     """The folder that has the checkpoint, as it is not beside its config."""
     folder = package.folder / 'elsewhere/mmdcn_zoo'
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,36 +223,36 @@ def elsewhere(package: Package, entry: dict) -> Iterator[Path]:
     (folder / beside.name).rename(beside)
 
 
-def test_a_checkpoint_beside_its_config_is_used_where_it_lies(package: Package, entry: dict, here: Path) -> None:
+def test_a_checkpoint_beside_its_config_is_used_where_it_lies(package: Package, entry: dict, cache: Path) -> None:
     assert zoo.fetch('tiny') == package.config.with_name(filename(entry))
-    assert not here.exists()
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize('place', ['package', 'folder', 'file'])
 def test_a_checkpoint_on_the_disk_is_used_where_it_lies(
-    place: str, elsewhere: Path, entry: dict, here: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, checkpoint_folder: Path, entry: dict, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if place == 'package':
-        monkeypatch.syspath_prepend(str(elsewhere.parent))
+        monkeypatch.syspath_prepend(str(checkpoint_folder.parent))
     else:
-        monkeypatch.setenv('MMDCN_ZOO', str(elsewhere) if place == 'folder' else elsewhere.as_uri())
-    assert zoo.fetch('tiny') == elsewhere / filename(entry)
-    assert not here.exists()
+        monkeypatch.setenv('MMDCN_ZOO', str(checkpoint_folder) if place == 'folder' else checkpoint_folder.as_uri())
+    assert zoo.fetch('tiny') == checkpoint_folder / filename(entry)
+    assert not cache.exists()
 
 
 def test_a_checkpoint_is_downloaded_once_and_kept(
-    entry: dict, here: Path, http: str, monkeypatch: pytest.MonkeyPatch
+    entry: dict, cache: Path, http: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('MMDCN_ZOO', f'{http}/')
     path = zoo.fetch('tiny')
-    assert path == here / filename(entry)
+    assert path == cache / filename(entry)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == entry['SHA256']
     monkeypatch.setenv('MMDCN_ZOO', '/nowhere')
     assert zoo.fetch('tiny') == path
 
 
-@pytest.mark.usefixtures('elsewhere', 'here')
-def test_where_no_checkpoint_is_installed_one_sentence_says_what_to_install(entry: dict) -> None:
+@pytest.mark.usefixtures('checkpoint_folder', 'cache')
+def test_where_no_checkpoint_is_installed_the_error_says_what_to_install(entry: dict) -> None:
     with pytest.raises(zoo.ZooError) as error:
         zoo.fetch('tiny')
     assert str(error.value) == (
@@ -259,43 +261,43 @@ def test_where_no_checkpoint_is_installed_one_sentence_says_what_to_install(entr
     )
 
 
-def test_a_wrong_file_is_refused(entry: dict, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_file_is_refused(entry: dict, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / filename(entry)).write_bytes(b'other')
     monkeypatch.setenv('MMDCN_ZOO', str(tmp_path))
     with pytest.raises(zoo.ZooError, match=f'{filename(entry)} has sha256 .*, not {entry["SHA256"]}; MMDCN_ZOO must'):
         zoo.fetch('tiny')
-    assert not here.exists()
+    assert not cache.exists()
 
 
 def test_a_wrong_file_is_not_kept_after_its_download(
-    elsewhere: Path, package: Package, entry: dict, here: Path, http: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint_folder: Path, package: Package, entry: dict, cache: Path, http: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package.config.with_name(filename(entry)).write_bytes(b'other')  # which the server has
     monkeypatch.setenv('MMDCN_ZOO', http)
     with pytest.raises(zoo.ZooError, match=f'invalid hash value .*{entry["SHA256"]}.*MMDCN_ZOO'):
         zoo.fetch('tiny')
-    assert list(here.iterdir()) == []
+    assert list(cache.iterdir()) == []
 
 
 def test_an_interrupted_download_is_refused_and_not_kept(
-    here: Path, http: str, monkeypatch: pytest.MonkeyPatch
+    cache: Path, http: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('MMDCN_ZOO', f'{http}/cut')
     with pytest.raises(zoo.ZooError):
         zoo.fetch('tiny')
-    assert list(here.iterdir()) == []
+    assert list(cache.iterdir()) == []
 
 
 def test_a_file_that_went_bad_in_the_cache_is_fetched_again(
-    entry: dict, here: Path, http: str, monkeypatch: pytest.MonkeyPatch
+    entry: dict, cache: Path, http: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('MMDCN_ZOO', http)
-    here.mkdir(parents=True)
-    (here / filename(entry)).write_bytes(b'bad')
+    cache.mkdir(parents=True)
+    (cache / filename(entry)).write_bytes(b'bad')
     assert hashlib.sha256(zoo.fetch('tiny').read_bytes()).hexdigest() == entry['SHA256']
 
 
-@pytest.mark.usefixtures('here')
+@pytest.mark.usefixtures('cache')
 @pytest.mark.parametrize(
     ('base', 'words'),
     [
@@ -311,12 +313,12 @@ def test_a_place_without_the_file_is_named(base: str, words: str, monkeypatch: p
         zoo.fetch('tiny')
 
 
-def test_a_name_that_is_not_in_the_zoo_is_named_with_one_that_is(here: Path) -> None:
+def test_a_name_that_is_not_in_the_zoo_is_named_with_one_that_is(cache: Path) -> None:
     with pytest.raises(zoo.ZooError, match="has no 'tinny'; it has tiny"):
         zoo.find('tinny')
 
 
-def test_what_mmdet_has_published_is_found_but_not_fetched(package: Package, entry: dict, here: Path) -> None:
+def test_what_mmdet_has_published_is_found_but_not_fetched(package: Package, entry: dict, cache: Path) -> None:
     package.list_models({'Name': 'theirs', 'Config': entry['Config'], 'Weights': 'https://localhost/theirs.pth'})
     assert zoo.find('theirs').weights == 'https://localhost/theirs.pth'
     with pytest.raises(zoo.ZooError, match='theirs is not published by mmdcn'):
@@ -331,7 +333,7 @@ class Call:
 
 
 def test_a_file_that_would_run_code_is_not_loaded_even_with_the_right_hash(
-    package: Package, entry: dict, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: Package, entry: dict, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(Call(), tmp_path / 'harm.pth')
     sha256 = hashlib.sha256((tmp_path / 'harm.pth').read_bytes()).hexdigest()
@@ -341,7 +343,8 @@ def test_a_file_that_would_run_code_is_not_loaded_even_with_the_right_hash(
         load_checkpoint(torch.nn.Module(), 'mmdcn://harm.pth')
 
 
-def test_by_its_name_the_hub_and_both_inference_apis_give_the_published_detector(package: Package, entry: dict) -> None:
+def test_the_hub_and_both_inference_apis_find_a_detector_by_its_name(package: Package, entry: dict) -> None:
+    """It has the published weights."""
     package.list_models(entry)
     code = f"""
 import mmcv, mmdcn, torch
@@ -368,9 +371,10 @@ assert torch.equal(result.pred_instances.scores, expected.scores)
     package.run('-c', code)
 
 
-def test_the_check_of_the_zoo_prints_expected_and_seen_and_fails_where_they_differ(
-    package: Package, entry: dict, here: Path, tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
+def test_the_check_of_the_zoo_fails_where_a_figure_differs(
+    package: Package, entry: dict, cache: Path, tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It prints each figure of the metafile beside the one it measures."""
     points = entry['Results'][0]['Metrics']['box AP']
     package.list_models(entry | {'Results': [{'Metrics': {'box AP': points, 'mask AP': 41.3}}]})
     status = tool('tools/zoo_check.py')
@@ -390,7 +394,7 @@ def test_figures_agree_to_a_tenth_of_a_point(seen: float, agrees: bool, monkeypa
 
 
 def test_the_check_of_a_zoo_without_checkpoints_says_so_and_fails(
-    package: Package, here: Path, tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    package: Package, cache: Path, tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     package.list_models()
     assert tool('tools/zoo_check.py') == 1
@@ -407,7 +411,7 @@ def test_a_missing_checkpoint_is_one_line_of_the_test_tool(package: Package, ent
     assert 'Traceback' not in result.stderr
 
 
-def test_the_demo_draws_on_a_picture(package: Package, here: Path, tool: Callable[..., int], tmp_path: Path) -> None:
+def test_the_demo_draws_on_a_picture(package: Package, cache: Path, tool: Callable[..., int], tmp_path: Path) -> None:
     (image, *_) = sorted(package.folder.parent.glob('data*/mnist_scenes/test/*.png'))
     settings = ('--out-dir', tmp_path, '--device', 'cpu', '--pred-score-thr', '0')
     assert tool('demo/image_demo.py', image, 'tiny', *settings) == 0
@@ -421,13 +425,14 @@ def test_the_demo_draws_on_a_picture(package: Package, here: Path, tool: Callabl
     [(('none.png', 'tiny'), 'none.png does not exist'), ((ROOT, 'tinny'), "the model zoo has no 'tinny'; it has tiny")],
 )
 def test_the_demo_names_what_is_missing(
-    arguments: tuple, words: str, here: Path, tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    arguments: tuple, words: str, cache: Path, tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool('demo/image_demo.py', *arguments) == 1
     assert f'error: {words}' in capsys.readouterr().err
 
 
-def test_every_shipped_checkpoint_lies_beside_its_config_with_its_hash_and_all_are_small() -> None:
+def test_every_shipped_checkpoint_has_its_hash_in_its_name() -> None:
+    """It lies beside its config. All together have less than 40 MB."""
     shipped = [model for model in zoo.models() if model.sha256]
     files = [model.config.with_name(model.weights.removeprefix(zoo.ADDRESS)) for model in shipped]
     for model, file in zip(shipped, files, strict=True):

@@ -9,7 +9,7 @@ small = dict(batch_size=2, num_workers=0, persistent_workers=False, times=1, cro
 
 
 def shrink(node):
-    """Give a copy of a part of the config with the small data, images and batches."""
+    """Return a copy of a part of the config with the small data, images and batches."""
     if isinstance(node, str):
         return node.replace('data/coco/', data_root)
     if isinstance(node, list | tuple):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[2]
 WORDS = (
     'AMP AOTInductor AVX2 AVX512 COCO CPU CPUs CUDA DCN DCNv1 DCNv2 DCNv3 DCNv4 DDP DeepSpeed FLOPs FSDP GPU GPUs JSON '
-    'MIM NaN NEON NMS NumPy oneDNN ONNX RGB RoI RoIAlign TF32 TOOD TorchScript'
+    'Kaiming MIM NaN NEON NMS NumPy oneDNN ONNX RGB RoI RoIAlign Student TF32 TOOD TorchScript'
 )
 NAMES = ('mmcv', 'mmdcn', 'mmdet', 'mmseg', 'oneDNN', 'opcheck', 'vmap')  # which begin with a small letter
 SPELLINGS = {word.lower(): word for word in WORDS.split()} | {
