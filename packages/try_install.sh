@@ -55,5 +55,5 @@ python -W ignore "$site/mmdcn/.mim/tools/dataset_converters/coco_tiny.py" --out-
 train_and_test
 
 pip --disable-pip-version-check uninstall --quiet --yes onedl-mmengine onedl-mmcv onedl-mmdetection
-install mmdcn-mmcv mmengine==0.10.7 mmcv-lite==2.1.0 mmdet==3.3.0
+install mmdcn-mmcv mmengine==0.10.7 mmcv-lite==2.1.0 mmdet==3.3.0 'setuptools<82'
 train_and_test
