@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# try_install.sh DIST PYTHON TORCH: install the wheels in DIST in README's ways, in a fresh environment without a compiler,
-# and use them.
+# try_install.sh DIST PYTHON TORCH: install the wheels in DIST as the README says, in a fresh environment without a
+# compiler, and use them.
 set -euo pipefail
 dist=$(realpath "$1") python=$(realpath -s "$(command -v "$2")") torch=$3
 folder=$(mktemp -d)

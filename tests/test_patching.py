@@ -240,8 +240,8 @@ def test_each_switch_says_once_what_it_changed(log: pytest.LogCaptureFixture) ->
     mmdcn.unpatch_mmdet()
     mmdcn.unpatch_mmdet()
     on, off = (record.getMessage().splitlines() for record in log.records)
-    assert on[0] == 'On mmdcn now:'
-    assert off[0] == 'On mmcv again:'
+    assert on[0] == 'Switched to mmdcn:'
+    assert off[0] == 'Switched back to mmcv:'
     assert on[1:] == off[1:]
     assert {'  mmdet.registry.MODELS: DCN', '  mmdet.models.necks.dyhead: ModulatedDeformConv2d'} < set(on)
 
@@ -385,6 +385,6 @@ def test_a_layer_that_derives_from_mmcv_s_is_left_alone_and_named(log: pytest.Lo
     mmdcn.convert_model(model)
     assert [type(layer) for layer in model] == [nn.Identity, Own, modules.DeformConv2d]
     (message,) = log.messages
-    assert message.startswith('Left as they are')
+    assert message.startswith('Left unchanged')
     assert '\n  1: test_patching.' in message
     assert message.endswith('.Own')

@@ -257,7 +257,7 @@ def test_where_no_checkpoint_is_installed_the_error_says_what_to_install(entry: 
         zoo.fetch('tiny')
     assert str(error.value) == (
         f'{filename(entry)} is not on this machine: install it with `pip install --upgrade mmdcn-zoo`, '
-        'or set MMDCN_ZOO to the folder or the address that has it'
+        'or set MMDCN_ZOO to a folder or an address that contains it'
     )
 
 
@@ -301,8 +301,8 @@ def test_a_file_that_went_bad_in_the_cache_is_fetched_again(
 @pytest.mark.parametrize(
     ('base', 'words'),
     [
-        ('/nowhere', 'MMDCN_ZOO must be a folder, .* that has tiny-.*.pth, got /nowhere'),
-        ('file:///nowhere/', 'MMDCN_ZOO must be a folder, .* that has tiny-.*.pth, got file:///nowhere'),
+        ('/nowhere', 'MMDCN_ZOO must be a folder, .* and contain tiny-.*.pth, got /nowhere'),
+        ('file:///nowhere/', 'MMDCN_ZOO must be a folder, .* and contain tiny-.*.pth, got file:///nowhere'),
         ('s3://bucket', 'or an address that begins with file://, http:// or https://, .* got s3://bucket'),
         ('http://localhost:1', 'http://localhost:1/tiny-.*.pth could not be fetched: .*MMDCN_ZOO'),
     ],
@@ -407,7 +407,7 @@ def test_a_missing_checkpoint_is_one_line_of_the_test_tool(package: Package, ent
     result = package.call(ROOT / 'tools/test.py', package.config, 'tiny', '--work-dir', 'test', **environment)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert last.startswith('error: MMDCN_ZOO must be') and last.endswith(f'that has {filename(entry)}, got /nowhere')
+    assert last.startswith('error: MMDCN_ZOO must be') and last.endswith(f'and contain {filename(entry)}, got /nowhere')
     assert 'Traceback' not in result.stderr
 
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model zoo: the models that the metafiles name, and their weights, found by name and checked.
+"""The model zoo: finds the models of the metafiles by name, and fetches and checks their weights.
 
 Note: [Addresses of the zoo]
-In its metafile a checkpoint of mmdcn's own has two lines, which tools/model_converters/publish_model.py prints:
+A checkpoint published by mmdcn has two lines in its metafile, which tools/model_converters/publish_model.py prints:
 
     Weights: mmdcn://NAME-<the first 8 digits of SHA256>.pth
     SHA256: <64 digits>
 
-The file lies beside the config in a checkout, and in the distribution `mmdcn-zoo` for those who install a wheel. If the
-environment variable `MMDCN_ZOO` is set, it lies there instead: in a folder, or under an address that begins with
-file://, http:// or https://. MMEngine takes `mmdcn://…` wherever it takes a checkpoint: `load_from`,
-`init_cfg=dict(type='Pretrained', ...)`, `load_checkpoint`. The metafiles also name what mmdet has published, by its own
-addresses and without SHA256; those MMEngine downloads.
+In a checkout the file is beside the config; the distribution `mmdcn-zoo` contains it for users of the wheel. The
+environment variable `MMDCN_ZOO` overrides both: it is a folder, or an address that begins with file://, http:// or
+https://. MMEngine accepts `mmdcn://…` wherever it accepts a checkpoint: `load_from`,
+`init_cfg=dict(type='Pretrained', ...)`, `load_checkpoint`. The metafiles also list checkpoints published by mmdet, with
+mmdet's addresses and without SHA256; MMEngine downloads those.
 """
 
 import difflib
@@ -40,14 +40,14 @@ class ZooError(OSError):
 
 @dataclass(frozen=True)
 class Model:
-    """What a metafile says of a model.
+    """A model's entry in a metafile.
 
     Attributes:
         name: Its name, which is that of its config.
         config: The path of its config.
         weights: The address of its checkpoint, for MMEngine.
-        sha256: The checkpoint's hash, 64 hexadecimal digits, or None for one that mmdet has published.
-        metrics: Its figures, such as {'box AP': 41.3}, in points from 0 to 100.
+        sha256: The checkpoint's hash, 64 hexadecimal digits, or None for a checkpoint that mmdet has published.
+        metrics: Its metrics, such as {'box AP': 41.3}, in points from 0 to 100.
     """
 
     name: str
@@ -88,16 +88,16 @@ def find(name: str) -> Model:
 
 
 def fetch(name: str) -> Path:
-    """Return the path of a checkpoint of mmdcn's own, once its hash is found right.
+    """Check the hash of a checkpoint published by mmdcn, and return its path.
 
-    A file on the disk is used where it lies. One from http(s) is downloaded to where torch keeps such files,
-    `torch.hub.get_dir()`/checkpoints, and downloaded again if it is not the right one.
+    A file on the disk is used in place. A file from http(s) is downloaded to torch's folder for checkpoints,
+    `torch.hub.get_dir()`/checkpoints, and downloaded again if its hash differs.
 
     Args:
         name: The model's name, or the address of its weights.
 
     Raises:
-        ZooError: If there is no such model, or its file cannot be found or fetched, or is not the published one.
+        ZooError: If there is no such model, or its file cannot be found or fetched, or its hash differs.
     """
     model = find(name)
     if model.sha256 is None:
@@ -118,16 +118,16 @@ def fetch(name: str) -> Path:
     if base:
         raise ZooError(
             f'{"".join(wrong)}MMDCN_ZOO must be a folder, or an address that begins with file://, http:// or https://, '
-            f'that has {filename}, got {base}'
+            f'and contain {filename}, got {base}'
         )
     raise ZooError(
         f'{"".join(wrong)}{filename} is not on this machine: install it with `pip install --upgrade mmdcn-zoo`, or set '
-        'MMDCN_ZOO to the folder or the address that has it'
+        'MMDCN_ZOO to a folder or an address that contains it'
     )
 
 
 def _places(model: Model, base: str, filename: str) -> list[Path]:
-    """List where the file of a model may lie on the disk."""
+    """List the paths on the disk where the file of a model may be."""
     if base:
         folder = url2pathname(urlsplit(base).path) if base.startswith('file://') else base
         return [Path(folder).expanduser().absolute() / filename]
@@ -140,14 +140,14 @@ def _download(url: str, path: Path, sha256: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         download_url_to_file(url, str(path), sha256)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: of another hash
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash differs
         raise ZooError(
-            f'{url} could not be fetched: {error}. Set MMDCN_ZOO to the folder or the address that has {path.name}'
+            f'{url} could not be fetched: {error}. Set MMDCN_ZOO to a folder or an address that contains {path.name}'
         ) from error
     return path
 
 
 @CheckpointLoader.register_scheme(prefixes=ADDRESS)
 def load_from_zoo(filename: str, map_location: torch.serialization.MAP_LOCATION = None) -> dict[str, Any]:
-    """Load a checkpoint of mmdcn's own from its address; MMEngine calls this."""
+    """Load a checkpoint published by mmdcn from its address; MMEngine calls this."""
     return torch.load(fetch(filename), map_location=map_location, weights_only=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Built models: their layers become mmdcn's, of whatever library of OpenMMLab the models are."""
+"""Converts the layers of built models of any OpenMMLab library to mmdcn's."""
 
 from collections import Counter
 
@@ -13,11 +13,11 @@ from mmdcn.openmmlab.log_changes import log_changes
 
 
 def convert_model(model: nn.Module) -> nn.Module:
-    """Turn every deformable layer of mmcv's in a built model into mmdcn's, and log it.
+    """Convert each of mmcv's deformable layers in a built model to mmdcn's, and log it.
 
-    The modules and parameters stay the very same objects, so optimizers, hooks and wrappers around the model remain
-    valid, and checkpoints of mmdet 1 load. A subclass of mmcv's layers by another package is left alone, and named in
-    the log. The functions that TOOD and SAC call are no layers: `patch_mmdet` reaches those.
+    Modules and parameters stay the same objects, so optimizers, hooks and wrappers around the model remain valid.
+    Checkpoints of mmdet 1 load. Other packages' subclasses of mmcv's layers are left unchanged and named in the log.
+    TOOD and SAC call functions instead of layers: use `patch_mmdet` for those.
 
     Args:
         model: A model, wrapped or not, or a layer.
@@ -35,14 +35,14 @@ def convert_model(model: nn.Module) -> nn.Module:
         elif isinstance(module, tuple(LAYERS)) and not isinstance(module, tuple(LAYERS.values())):
             left_alone.append(f'{name or "the model"}: {type(module).__module__}.{type(module).__qualname__}')
     accept_version1_keys(model)
-    log_changes('On mmdcn now', [f'{count} {name}' for name, count in converted.items()])
-    log_changes('Left as they are, because they may differ from the layers of mmcv that they derive from', left_alone)
+    log_changes('Switched to mmdcn', [f'{count} {name}' for name, count in converted.items()])
+    log_changes('Left unchanged, because they may differ from the mmcv layers that they derive from', left_alone)
     return model
 
 
 def _convert(module: nn.Module, layer: type[nn.Module]) -> None:
-    # The class makes the whole difference: mmdcn's derives from mmcv's, and reads the same attributes, but for the
-    # bias that mmcv's DCNv1 never has.
+    # Replacing the class is enough: mmdcn's class derives from mmcv's and reads the same attributes, except the bias,
+    # which mmcv's DCNv1 lacks.
     module.__class__ = layer
     make_predictors(module)
     if isinstance(module, mmcv.ops.DeformConv2d) and not hasattr(module, 'bias'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mmdcn has in the place of each deformable layer and function of mmcv."""
+"""mmdcn's replacement for each deformable layer and function of mmcv."""
 
 from typing import Any
 
@@ -54,10 +54,10 @@ def _deform_conv2d(
     groups: int = 1,
     deform_groups: int = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Take the arguments of `mmcv.ops.deform_conv2d`, of unlike types too; groups follow from the shapes.
+    """Take the arguments of `mmcv.ops.deform_conv2d`, also of different types; the shapes determine the groups.
 
-    TOOD samples its boxes so: float32 boxes, at offsets in autocast's type. They keep their digits, as autocast or
-    mmcv's cast to the type of the offsets would not let them.
+    TOOD samples float32 boxes at offsets in autocast's type. Promoting all tensors keeps the precision of the boxes;
+    autocast, or mmcv's cast to the type of the offsets, would lose it.
     """
     dtype = torch.promote_types(input.dtype, offset.dtype)
     input, offset, weight = (tensor.to(dtype) for tensor in (input, offset, weight))

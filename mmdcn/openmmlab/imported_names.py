@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in modules: what mmdet's heads and necks, and mmcv's SAC, have imported from `mmcv.ops`."""
+"""Replaces what mmdet's heads and necks, and mmcv's SAC, have imported from `mmcv.ops`."""
 
 import sys
 from typing import Any
@@ -12,12 +12,12 @@ _COUNTERPARTS: dict[Any, Any] = {**LAYERS, **FUNCTIONS}
 
 
 def rebind_to_mmdcn() -> list[str]:
-    """Put mmdcn's layers and functions in the place of mmcv's, and return where."""
+    """Replace mmcv's layers and functions with mmdcn's, and return the names that changed."""
     return _rebind(_COUNTERPARTS)
 
 
 def rebind_to_mmcv() -> list[str]:
-    """Undo `rebind_to_mmdcn`, and return where."""
+    """Undo `rebind_to_mmdcn`, and return the names that changed."""
     return _rebind({ours: theirs for theirs, ours in _COUNTERPARTS.items()})
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest of the samples of each bin of a region: RoIPool, and RoIAlign with the maximum.
+"""Maximum pooling of regions: RoIPool, and RoIAlign in its `max` mode.
 
-Plain torch, on any device: regions that are alike in size are gathered together.
+Plain torch, on any device: regions of similar size are gathered together.
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SAMPLES = 1 << 22  # to gather at a time
+_SAMPLES = 1 << 22  # gathered at a time
 
 
 class Samples(NamedTuple):
-    """The places that are looked at along an axis: first + i * step, for i from 0 to samples - 1."""
+    """The sampling coordinates along an axis: first + i * step, for i from 0 to samples - 1."""
 
     first: Tensor  # [N, bins]
     step: Tensor  # [N, bins]
@@ -25,7 +25,7 @@ class Samples(NamedTuple):
         return Samples(*(each[regions] for each in self))
 
     def places(self) -> Tensor:  # [N, bins, samples]
-        """Return the places; a bin with fewer than the others has its last one again, or, with none, NaN."""
+        """Return the coordinates; a bin with fewer samples repeats its last one, and one without samples has NaN."""
         most = max(int(self.samples.max()), 1)
         number = torch.arange(most, device=self.first.device).minimum(self.samples[:, :, None] - 1)
         places = self.first[:, :, None] + number * self.step[:, :, None]
@@ -81,7 +81,7 @@ def largest(
     rows: Samples,
     columns: Samples,
 ) -> tuple[Tensor, Tensor, Tensor]:  # each [N, C, ph, pw]
-    """Return the largest sample of each bin, and the row and column of the first such; -1 for a bin without any."""
+    """Return the largest sample of each bin, and its row and column; the first of equals, -1 for an empty bin."""
     shape = (len(rois), input.shape[1], rows.first.shape[1], columns.first.shape[1])
     values = input.new_zeros(shape)
     at_y, at_x = (rows.first.new_full(shape, -1) for _ in range(2))
@@ -90,7 +90,7 @@ def largest(
         y, x = rows.of(regions).places(), columns.of(regions).places()
         samples = _bilinear(input, images[regions], y, x)  # [n, C, ph, gy, pw, gx]
         samples = samples.transpose(3, 4).flatten(4)
-        # Of equal samples argmax gives the first, which max does not promise.
+        # argmax returns the first of equal samples; max does not guarantee that.
         best = samples.argmax(4, keepdim=True)
         y = y[:, None, :, None].expand(*best.shape[:4], -1).gather(4, best // x.shape[2])[..., 0]
         x = x[:, None, None].expand(*best.shape[:4], -1).gather(4, best % x.shape[2])[..., 0]
@@ -107,7 +107,7 @@ def add_gradient(
     at_x: Tensor,
     grad_input: Tensor,  # [B, C, H, W]
 ) -> None:
-    """Add each bin's gradient to the pixels that its largest sample is made of."""
+    """Add each bin's gradient to the pixels from which its largest sample is interpolated."""
     _, channels, height, width = grad_input.shape
     images = rois[:, 0].long()[:, None, None, None]
     plane = images * channels + torch.arange(channels, device=rois.device)[:, None, None]
@@ -121,7 +121,7 @@ def add_gradient(
 
 
 def _alike(rows: Samples, columns: Samples, channels: int) -> Iterator[Tensor]:
-    """Return the numbers of regions, those with about as many samples together, never more than may be gathered."""
+    """Yield groups of regions with similar numbers of samples, at most _SAMPLES per group if it has several regions."""
     if len(rows.samples) == 0:
         return
     sides = (each.samples.amax(1).clamp(min=1) * each.samples.shape[1] for each in (rows, columns))
@@ -142,7 +142,7 @@ def _bilinear(
     y: Tensor,  # [n, ph, gy]
     x: Tensor,  # [n, pw, gx]
 ) -> Tensor:  # [n, C, ph, gy, pw, gx]
-    """Sample images by RoIAlign's rule."""
+    """Sample images as RoIAlign does."""
     total: Tensor | float = 0.0
     for row, row_share in _neighbours(y, input.shape[2]):
         for column, column_share in _neighbours(x, input.shape[3]):
@@ -154,7 +154,7 @@ def _bilinear(
 
 
 def _neighbours(places: Tensor, pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return the pixels on both sides of each place, and their shares: none where it is outside, or NaN."""
+    """Yield the pixels on both sides of each coordinate, and their weights: zero outside the image, or for NaN."""
     inside = (places >= -1) & (places <= pixels)
     place = places.where(inside, 0).clamp(0, pixels - 1)
     low = place.floor()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled functions of mmcv's operators, `mmcv._ext`, on mmdcn's operators and plain torch.
+"""The functions of mmcv's compiled module `mmcv._ext`, implemented with mmdcn's operators and plain torch.
 
-Names, arguments and meaning are those of mmcv's own module, whose functions write to tensors that they are given; a
-gradient is added to what is there. The distribution mmdcn-mmcv puts this module in the place of a compiled one that
-is missing. Any other name is a function that says how to compile mmcv.
+Names, arguments and behaviour are those of mmcv's module: functions write their results to given tensors, and add
+gradients to their previous values. The distribution mmdcn-mmcv installs this module where the compiled one is missing.
+Calling any other function raises an error that tells how to compile mmcv.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from mmdcn.version import __version__
 
 _AVERAGE = 1  # the pool_mode; 0 is the maximum
 
-# What mmcv can be called: its distribution of the maintained fork, OpenMMLab's own, and that without operators.
+# The names of mmcv's distributions: the maintained fork's, OpenMMLab's, and OpenMMLab's without operators.
 _DISTRIBUTIONS = ('onedl-mmcv', 'mmcv', 'mmcv-lite')
 
 
@@ -43,8 +43,8 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            f"mmdcn has no {name} for mmcv's operators: compile them with `{_how_to_compile()}`, and they go before "
-            "mmdcn's"
+            f"mmdcn has no {name}: compile mmcv's operators with `{_how_to_compile()}`, "
+            "which then take precedence over mmdcn's"
         )
 
     missing.__name__ = name
@@ -54,23 +54,23 @@ def __getattr__(name: str) -> Callable[..., Any]:
 def _how_to_compile() -> str:
     installed = {distribution.name for distribution in metadata.distributions()}
     name = next((name for name in _DISTRIBUTIONS if name in installed), 'mmcv')
-    # pip would take the wheel without operators that it has in its cache.
+    # Without these options pip reuses the cached wheel, which has no operators.
     fresh = '--no-deps --force-reinstall --no-cache-dir'
     return f'MMCV_WITH_OPS=1 pip install --no-build-isolation {fresh} {name.removesuffix("-lite")}'
 
 
 def get_compiler_version() -> str:
-    """Say, where mmcv reports its environment, whose operators it has."""
+    """Tell mmcv's environment report whose operators these are."""
     return f'not compiled; operators of mmdcn {__version__}'
 
 
 def get_compiling_cuda_version() -> str:
-    """Say the same as mmcv that is compiled for the CPU alone."""
+    """Return what an mmcv compiled only for the CPU returns."""
     return 'not available'
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Return the numbers of the boxes that are kept."""
+    """Return the indices of the kept boxes."""
     return ops.nms(boxes, scores, iou_threshold, offset)
 
 
@@ -84,14 +84,14 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:  # [M]
-    """Write the boxes that are kept, with their new scores, to the first rows of dets, and give their numbers."""
+    """Write the kept boxes and their new scores to the first rows of dets, and return their indices."""
     kept, indices = ops.soft_nms(boxes, scores, iou_threshold, sigma, min_score, METHODS[method], offset)
     dets[: len(kept)] = kept
     return indices
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Return the groups of a box that is kept and those that it suppresses, of dets [N, 5]."""
+    """Group the boxes of dets [N, 5]: each group is a kept box and the boxes that it suppresses."""
     return ops.nms_match(dets[:, :4], dets[:, 4], iou_threshold)
 
 
@@ -108,7 +108,7 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Pool regions; with the maximum, say where it was found as well."""
+    """Pool regions; in `max` mode, also write the coordinates of each maximum."""
     size, ratio = (aligned_height, aligned_width), max(sampling_ratio, 0)
     if pool_mode == _AVERAGE:
         output.copy_(_pool(input, rois, None, size, spatial_scale, ratio, 0.0, aligned))
@@ -135,7 +135,7 @@ def roi_align_backward(
     if pool_mode == _AVERAGE:
         settings = (spatial_scale, max(sampling_ratio, 0), 0.0)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        # Of the input it needs no more than grad_input has: shape, type and device.
+        # Only the input's shape, type and device are needed, which are those of grad_input.
         gradient, _ = _pool_backward(
             grad_output, grad_input, rois, None, *settings, (True, False), deterministic, aligned
         )
@@ -153,7 +153,7 @@ def roi_pool_forward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Pool the largest pixel of each bin, and say which it was."""
+    """Pool the largest pixel of each bin, and write its index."""
     rows, columns = max_pooling.roi_pool_samples(rois, (pooled_height, pooled_width), spatial_scale, input.shape[2:])
     values, y, x = max_pooling.largest(input, rois, rows, columns)
     is_empty = y < 0
@@ -171,7 +171,7 @@ def roi_pool_backward(
     spatial_scale: float,
 ) -> None:
     """Add the gradient of the input."""
-    # An empty bin's -1 is row -1.
+    # The index -1 of an empty bin becomes row -1.
     y, x = argmax.div(grad_input.shape[3], rounding_mode='floor'), argmax % grad_input.shape[3]
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
     max_pooling.add_gradient(grad_output, rois, y.to(dtype), x.to(dtype), grad_input)
@@ -185,7 +185,7 @@ def sigmoid_focal_loss_forward(
     gamma: float,
     alpha: float,
 ) -> None:
-    """Write the loss of each number (Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 3)."""
+    """Write the loss of each element (Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 3)."""
     is_target, p, log_p, log_q = _probabilities(input, target)
     loss = torch.where(is_target, -alpha * (1 - p) ** gamma * log_p, (alpha - 1) * p**gamma * log_q)
     output.copy_(loss * _class_weights(weight, target))
@@ -194,7 +194,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Write the derivative of each number's loss."""
+    """Write the derivative of each element's loss."""
     is_target, p, log_p, log_q = _probabilities(input, target)
     q = 1 - p
     slope = torch.where(
@@ -204,7 +204,7 @@ def sigmoid_focal_loss_backward(
 
 
 def _probabilities(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return where a number is that of the target's class, its probability p, log(p) and log(1 - p)."""
+    """Return whether each element belongs to the target's class, its probability p, log(p) and log(1 - p)."""
     p = input.to(torch.promote_types(input.dtype, torch.float32)).sigmoid()
     tiny = torch.finfo(torch.float32).tiny
     is_target = target[:, None] == torch.arange(input.shape[1], device=input.device)
@@ -214,7 +214,7 @@ def _probabilities(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _class_weights(weight: Tensor, target: Tensor) -> Tensor | float:  # [N, 1]
     if weight.numel() == 0:
         return 1.0
-    is_class = (target >= 0) & (target < len(weight))  # mmcv reads outside the weights for any other
+    is_class = (target >= 0) & (target < len(weight))  # for other targets mmcv reads outside the weights
     return torch.where(is_class, weight[target.clamp(0, len(weight) - 1)], 1)[:, None]
 
 
@@ -228,7 +228,7 @@ def masked_im2col_forward(
     pad_h: int,
     pad_w: int,
 ) -> None:
-    """Write what a convolution sees at some positions, with zeros around the image."""
+    """Write the columns of a convolution at some positions, with zero padding."""
     after = max(kernel_w - 1 - pad_w, 0), max(kernel_h - 1 - pad_h, 0)
     padded = F.pad(im[0], (pad_w, after[0], pad_h, after[1]))
     rows = mask_h_idx + torch.arange(kernel_h, device=im.device)[:, None, None]
@@ -245,5 +245,5 @@ def masked_col2im_forward(
     width: int,
     channels: int,
 ) -> None:
-    """Write what was computed at some positions to their places."""
+    """Write the values at some positions to the image."""
     im[0][:, mask_h_idx, mask_w_idx] = col

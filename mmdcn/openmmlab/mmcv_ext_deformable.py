@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Those functions of `mmdcn.openmmlab.mmcv_ext` that are deformable, under mmcv's names of their arguments."""
+"""The deformable functions of `mmdcn.openmmlab.mmcv_ext`; arguments have mmcv's names."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def deform_conv_forward(
     deformable_group: int,
     im2col_step: int,
 ) -> None:
-    """Convolve; `columns` and `ones`, mmcv's workspaces, are not used, nor is there a step to choose."""
+    """Convolve; mmcv's workspaces `columns` and `ones`, and `im2col_step`, are not used."""
     geometry = (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group
     output.copy_(_convolve(input, offset, None, weight, None, *geometry, allow_tf32(input)))
 
@@ -84,7 +84,7 @@ def deform_conv_backward_parameters(
     scale: float,
     im2col_step: int,
 ) -> None:
-    """Add the gradient of the weight, times `scale`."""
+    """Add the gradient of the weight, multiplied by `scale`."""
     geometry = (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group
     gradients = _gradients(gradOutput, input, offset, None, gradWeight, geometry, (False, False, False, True))
     gradWeight.add_(gradients[3], alpha=scale)
@@ -111,7 +111,7 @@ def modulated_deform_conv_forward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Convolve; `columns` and `ones`, mmcv's workspaces, are not used."""
+    """Convolve; mmcv's workspaces `columns` and `ones` are not used."""
     geometry = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
     maps = (first_values(offset, output.shape[2:]), first_values(mask, output.shape[2:]))
     output.copy_(_convolve(input, *maps, weight, bias if with_bias else None, *geometry, allow_tf32(input)))
@@ -179,7 +179,7 @@ def deform_roi_pool_forward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Pool regions into bins that move."""
+    """Pool regions into bins that offsets move."""
     settings = ((pooled_height, pooled_width), spatial_scale, max(sampling_ratio, 0), gamma, True)
     output.copy_(_pool(input, rois, offset if offset.numel() else None, *settings))
 
@@ -218,7 +218,7 @@ def ms_deform_attn_forward(
     value: Tensor,  # [B, K, M, D], M heads of D channels at the K pixels of all levels
     value_spatial_shapes: Tensor,  # [L, 2], (height, width) of each level
     value_level_start_index: Tensor,
-    sampling_locations: Tensor,  # [B, Q, M, L, P, 2], (x, y) as a share of the level's size
+    sampling_locations: Tensor,  # [B, Q, M, L, P, 2], (x, y) relative to the level's size, from 0 to 1
     attention_weights: Tensor,  # [B, Q, M, L, P]
     im2col_step: int,
 ) -> Tensor:  # [B, Q, M*D]
@@ -248,7 +248,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Add the gradients of values, places and weights."""
+    """Add the gradients of values, sampling locations and attention weights."""
     value, places, weights = (
         tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in registries: what `DCN` and `DCNv2` mean in the scope of mmdet."""
+"""Replaces `DCN` and `DCNv2` in mmdet's registry."""
 
 import mmengine.registry
 from mmdet.registry import MODELS
@@ -29,6 +29,6 @@ def restore_names() -> list[str]:
 
 
 def _layers_by_name() -> dict[str, type[nn.Module]]:
-    """Find mmdcn's layer for each name under which mmcv has registered one of its own."""
+    """Return mmdcn's layer for each name under which mmcv has registered one of its layers."""
     registered = mmengine.registry.MODELS.module_dict.items()
     return {name: LAYERS[layer] for name, layer in registered if layer in LAYERS}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs the checkpoints that lie beside their configs in a checkout of mmdcn."""
+"""Packages the checkpoints that are beside their configs in a checkout of mmdcn."""
 
 import shutil
 from pathlib import Path
@@ -12,11 +12,11 @@ CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 
 class BuildPackage(build_py):
     def run(self) -> None:
-        shutil.rmtree(self.build_lib, ignore_errors=True)  # it may have those of an earlier build
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # it may contain checkpoints of an earlier build
         super().run()
         checkpoints = sorted(CONFIGS.glob('*/*.pth'))
         if not checkpoints:
-            raise SystemExit(f'mmdcn-zoo is built in a git checkout of mmdcn, got no checkpoint below {CONFIGS}')
+            raise SystemExit(f'no checkpoint below {CONFIGS}: build mmdcn-zoo in a git checkout of mmdcn')
         for checkpoint in checkpoints:
             shutil.copy(checkpoint, Path(self.build_lib, 'mmdcn_zoo'))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmcv's operators where mmcv was installed without compiling them: those of mmdcn.
+"""mmdcn's operators for an mmcv that was installed without compiling its own.
 
-Python finds a compiled `_ext` in the same folder before this file.
+Python prefers a compiled `_ext` in the same folder to this file.
 """
 
 import sys
