@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
-# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+# Beside other programs, spinning threads occupy the cores of the threads that they wait for. torch reads the spin count
+# when it is imported, see docs/performance.md, "Beside other programs".
 if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
     os.environ['GOMP_SPINCOUNT'] = '3000'
 

@@ -99,8 +99,8 @@ def test_it_fails_if_a_config_has_no_parity(wrong: subprocess.CompletedProcess) 
     [
         r'larger_config.py: outputs differ by more than 0.0001 of the largest value',
         r'backbone.layer2.0.conv2.extra: nothing on mmcv, \(64, 3, 3\) on mmdcn',
-        r'the model on mmcv ran 0 deformable operators, that on mmdcn 0: there should be',
-        r"that on mmdcn \{'DeformConv2dFunction': 10\}: each should run its own. .*mmdcn.overrides_everywhere",
+        r'the model on mmcv ran 0 deformable operators, the one on mmdcn 0: the numbers should be',
+        r"the one on mmdcn \{'DeformConv2dFunction': 10\}: each should run its own .*mmdcn.overrides_everywhere",
     ],
     ids=['outputs', 'parameters', 'no deformable layer', 'layers left on mmcv'],
 )

@@ -588,13 +588,13 @@ def a_pickle(folder: Path) -> tuple[Path, str]:
 
 def more_than_weights(folder: Path) -> tuple[Path, str]:
     torch.save(dict(state_dict={}, hook=MMLogger), folder / 'more.pth')
-    return folder / 'more.pth', 'holds mmengine.logging.logger.MMLogger beside its weights'
+    return folder / 'more.pth', 'contains mmengine.logging.logger.MMLogger; save only its'
 
 
 def half_a_file(folder: Path) -> tuple[Path, str]:
     torch.save(dcn(3).state_dict(), folder / 'half.pth')
     (folder / 'half.pth').write_bytes((folder / 'half.pth').read_bytes()[:3000])
-    return folder / 'half.pth', 'is no file of weights, or is not whole'
+    return folder / 'half.pth', 'is not a file of weights, or is incomplete'
 
 
 def no_weights(folder: Path) -> tuple[Path, str]:

@@ -292,7 +292,7 @@ def test_the_tools_export_a_checkpoint_and_compare_its_average_precision(tmp_pat
     precision, exported_precision = map(float, rows['coco/bbox_mAP'])
     assert precision > 0.4
     assert exported_precision == pytest.approx(precision, abs=0.001)
-    assert int(rows['of them not within 0.0001 of one of the other'][1]) == 0
+    assert int(rows['without a match within 0.0001'][1]) == 0
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_a_stopped_command_leaves_no_process(folder: Path) -> None:
         process.terminate()
         _, errors = process.communicate()
         assert process.returncode == 1
-        assert errors.splitlines()[-1] == 'error: stopped; the same command goes on'
+        assert errors.splitlines()[-1] == 'error: stopped; run the same command to continue'
         deadline = time.monotonic() + 60
         while is_locked(folder):
             assert time.monotonic() < deadline, 'a process still holds the lock'

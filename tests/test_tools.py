@@ -247,7 +247,7 @@ def test_the_offset_explorer_is_written(inspected: tuple[Path, Path, Path], tmp_
     ('tool', 'extra', 'words'),
     [
         ('visualize_offsets.py', ['--layer', 'backbone.conv1'], '--layer must be one of backbone.layer2.0.conv2, '),
-        ('visualize_offsets.py', ['--location', '96', '0'], '--location must lie in the image of 96 x 96 pixels'),
+        ('visualize_offsets.py', ['--location', '96', '0'], '--location must be inside the image of 96 x 96 pixels'),
     ],
 )
 def test_a_place_or_a_layer_that_is_not_there_is_named(

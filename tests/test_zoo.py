@@ -382,7 +382,7 @@ def test_the_check_of_the_zoo_fails_where_a_figure_differs(
     rows = [' '.join(line.split()) for line in output.out.splitlines()]
     assert f'| tiny | box AP | {points:.1f} | {points:.1f} | yes |' in rows, output.err
     assert '| tiny | mask AP | 41.3 | nan | NO |' in rows
-    assert '1 of 2 figures differ' in output.err
+    assert '1 of 2 metrics differ' in output.err
     assert status == 1
 
 
@@ -398,7 +398,7 @@ def test_the_check_of_a_zoo_without_checkpoints_says_so_and_fails(
 ) -> None:
     package.list_models()
     assert tool('tools/zoo_check.py') == 1
-    assert 'no checkpoint of mmdcn is shipped yet' in capsys.readouterr().err
+    assert 'no model of a metafile has a SHA256' in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_one_line_of_the_test_tool(package: Package, entry: dict) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Test on several processes: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [the options of tools/test.py]
-# On several machines set NNODES, NODE_RANK, MASTER_ADDR and PORT as well.
+# Test with several processes: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [options of tools/test.py]
+# On several machines, also set NNODES, NODE_RANK, MASTER_ADDR and PORT.
 set -euo pipefail
 config=$1 checkpoint=$2 processes=$3
 shift 3

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train and test sets of experiments with several seeds each, and write their tables and plots.
 
-Stopped at any point, even by SIGKILL, the same command goes on: finished runs stay as they are, and a broken-off one
-continues from its last checkpoint. Sets share the runs that they have in common.
+If the command is stopped at any point, even by SIGKILL, run it again to continue: finished runs are kept, and an
+interrupted run resumes from its last checkpoint. Sets share common runs.
 
-    OUT/SET.md, SET.png                the table, the plot
-    OUT/results/DATA.json              the finished runs on a data set: sha256 of their settings, metrics
+    OUT/SET.md, SET.png                the table and the plot
+    OUT/results/DATA.json              the finished runs on a dataset: sha256 of their settings, metrics
     OUT/runs/DATA/CONFIG/seed_K/       the work folder of a run
 
-A result is not measured again, so where a repository keeps OUT/results, the command prints the tables at once, and
-trains what is missing. Each run has cores divided by --jobs threads; with another number of them its last bits may
-differ.
+Results are not measured again: if a repository keeps OUT/results, the command prints their tables and trains only the
+missing runs. Each run has as many threads as the number of cores divided by --jobs; its last bits may depend on that.
 """
 
 import argparse
@@ -33,18 +32,18 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('sets', nargs='+', choices=[*SETS, 'all'], help='what to compare')
-    parser.add_argument('--seeds', type=int, default=3, help='runs of each experiment, with the seeds 0, 1, ...')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
-    parser.add_argument('--report', action='store_true', help='print what is finished, and train nothing')
-    parser.add_argument('--out', type=Path, default=Path('experiments'), help='folder for all that is made')
+    parser.add_argument('sets', nargs='+', choices=[*SETS, 'all'], help='the sets to run')
+    parser.add_argument('--seeds', type=int, default=3, help='runs of each experiment, with seeds 0, 1, ...')
+    parser.add_argument('--jobs', type=int, default=1, help='concurrent runs, which share the cores')
+    parser.add_argument('--report', action='store_true', help='print finished experiments, and train nothing')
+    parser.add_argument('--out', type=Path, default=Path('experiments'), help='the folder for all output')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         default={},
         metavar='KEY=VALUE',
-        help="settings for every run that replace the configs'",
+        help="settings that override the config's in every run",
     )
     args = parser.parse_args()
     if args.seeds < 2 or args.jobs < 1:
@@ -69,7 +68,7 @@ def main() -> None:
                     train(runs, args.jobs, lock)
                 print(f'\n{name}\n\n{report(name, chosen, runs, args.out)}', flush=True)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        raise LaunchError('stopped; the same command goes on') from None
+        raise LaunchError('stopped; run the same command to continue') from None
 
 
 if __name__ == '__main__':

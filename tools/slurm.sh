@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start a command once on each machine of a new Slurm job: tools/slurm.sh PARTITION JOB_NAME COMMAND [ARGUMENTS]
-# The job gets GPUS GPUs (8), GPUS_PER_NODE of each machine (8), CPUS_PER_TASK cores for each GPU (5), and what the
-# options in SRUN_ARGS add. The command finds its place in NNODES, NODE_RANK and MASTER_ADDR.
+# Environment variables: GPUS, the number of GPUs (8); GPUS_PER_NODE (8); CPUS_PER_TASK, the cores for each GPU (5);
+# SRUN_ARGS, further options of srun. The command gets NNODES, NODE_RANK and MASTER_ADDR.
 set -euo pipefail
 partition=$1 job_name=$2
 shift 2

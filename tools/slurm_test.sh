@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Test by Slurm: tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [the options of tools/test.py]
-# tools/slurm.sh says what asks for machines and GPUs.
+# Test with Slurm: tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [options of tools/test.py]
+# tools/slurm.sh lists the environment variables that set the number of machines and GPUs.
 set -euo pipefail
 tools=$(dirname "$0") partition=$1 job_name=$2 config=$3 checkpoint=$4
 shift 4

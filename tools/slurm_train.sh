@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train by Slurm: tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [the options of tools/train.py]
-# tools/slurm.sh says what asks for machines and GPUs.
+# Train with Slurm: tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [options of tools/train.py]
+# tools/slurm.sh lists the environment variables that set the number of machines and GPUs.
 set -euo pipefail
 tools=$(dirname "$0") partition=$1 job_name=$2 config=$3 work_dir=$4
 shift 4

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
-# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+# Beside other programs, spinning threads occupy the cores of the threads that they wait for. torch reads the spin count
+# when it is imported, see docs/performance.md, "Beside other programs".
 if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
     os.environ['GOMP_SPINCOUNT'] = '3000'
 
@@ -32,14 +32,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate from the batch size that the config was made for to the actual one',
+        help="scale the learning rate from the config's auto_scale_lr.base_batch_size to the actual batch size",
     )
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from a checkpoint; without one, from the last in the work folder, if there is any',
+        help='resume from a checkpoint, by default the last one in the work folder, if there is any',
     )
     return parser.parse_args()
 
@@ -51,7 +51,7 @@ def apply_arguments(cfg: Config, args: argparse.Namespace) -> None:
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise LaunchError(
-                '--auto-scale-lr needs to know the batch size that the learning rate was chosen for: '
+                '--auto-scale-lr needs the batch size for which the learning rate was chosen: '
                 'set auto_scale_lr.base_batch_size in the config'
             )
         cfg.auto_scale_lr.enable = True

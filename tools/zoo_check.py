@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test every checkpoint of mmdcn's own, and compare its average precision with that of its metafile."""
+"""Test every checkpoint published by mmdcn, and compare its average precision with its metafile."""
 
 import json
 import subprocess
@@ -16,11 +16,11 @@ from mmdcn.engine.launch import LaunchError, run
 from mmdcn.utils.tables import print_table
 
 METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
-TOLERANCE = 0.1  # points; what a test prints is rounded to that
+TOLERANCE = 0.1  # points; a test's results are rounded to this
 
 
 def measure(model: zoo.Model) -> dict[str, float]:
-    """Run tools/test.py on a model by its name, and give what it measures, in points."""
+    """Run tools/test.py on a model by its name, and return its metrics in points."""
     test = Path(__file__).with_name('test.py')
     with TemporaryDirectory() as folder:
         command = [sys.executable, test, model.config, model.name, '--work-dir', folder]
@@ -33,7 +33,7 @@ def measure(model: zoo.Model) -> dict[str, float]:
 
 
 def compare(expected: dict[str, float], seen: dict[str, float]) -> Iterator[tuple[str, float, float, bool]]:
-    """Return the name of each metric, both figures, and whether they agree; a missing one is NaN, which does not."""
+    """Yield the name of each metric, both values, and whether they agree; a missing value is NaN and does not agree."""
     for name in sorted(expected.keys() | seen.keys()):
         pair = [metrics.get(name, nan) for metrics in (expected, seen)]
         yield name, *pair, abs(pair[0] - pair[1]) < 1.01 * TOLERANCE
@@ -42,7 +42,7 @@ def compare(expected: dict[str, float], seen: dict[str, float]) -> Iterator[tupl
 def main() -> None:
     models = [model for model in zoo.models() if model.sha256]
     if not models:
-        raise LaunchError('no checkpoint of mmdcn is shipped yet: no model of a metafile has a SHA256')
+        raise LaunchError('no model of a metafile has a SHA256, so there is no checkpoint to test')
     rows = []
     wrong = 0
     for model in tqdm(models):
@@ -51,7 +51,7 @@ def main() -> None:
             rows.append((model.name, name, f'{expected:.1f}', f'{seen:.1f}', 'yes' if agrees else 'NO'))
     print_table(('model', 'metric', 'expected', 'seen', 'agrees'), rows)
     if wrong:
-        raise LaunchError(f'{wrong} of {len(rows)} figures differ from those of the metafiles')
+        raise LaunchError(f'{wrong} of {len(rows)} metrics differ from the metafiles')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that a detector on mmdcn has the parameters and gives the outputs that it has and gives on mmcv's operators.
+"""Check that a detector has the same parameters and outputs on mmdcn as on mmcv's operators.
 
-Both get the same random weights, drawn so that every tap of every deformable layer leaves its place by a pixel or so,
-and compute in double precision: a deep random network magnifies rounding errors a thousand times and more, which would
-hide in single precision whether two implementations agree. The exit status tells whether all configs passed.
+Both models get the same random weights, which move every tap of every deformable layer by about a pixel. They compute
+in double precision: a deep random network magnifies rounding errors a thousand times or more, so in single precision
+the errors would hide whether two implementations agree. The exit status tells whether all configs passed.
 """
 
 import argparse
@@ -32,20 +32,20 @@ from torch import Tensor, nn
 
 from mmdcn.engine.launch import LaunchError, run
 
-TOLERANCE = 1e-4  # of the largest value of an output
+TOLERANCE = 1e-4  # relative to the largest value of an output
 LAYERS = (mmcv.ops.DeformConv2d, mmcv.ops.ModulatedDeformConv2d)  # mmdcn's derive from these
 CALLS = ('DeformConv2dFunction', 'ModulatedDeformConv2dFunction', 'mmdcn::')
 
 
 class Inputs(NamedTuple):
-    """A batch of random images with region proposals, which spare the comparison the thresholds of an NMS."""
+    """A batch of random images with region proposals, because an NMS's thresholds would magnify differences."""
 
     images: Tensor  # [B, 3, H, W]
     proposals: Tensor  # [B, N, 4], (x1, y1, x2, y2) in pixels
 
 
 class Outcome(NamedTuple):
-    """What a model is made of, and what it gives."""
+    """A model's deformable layers and its outputs."""
 
     layers: Counter[str]  # deformable layers by class
     calls: Counter[str]  # deformable operators that ran
@@ -73,7 +73,7 @@ def draw_inputs(height: int, width: int) -> Inputs:
 
 
 def on_mmcv(node: Any) -> Any:
-    """Return a copy of a config that names mmcv's layers where it named mmdcn's."""
+    """Return a copy of a config with mmcv's layers instead of mmdcn's."""
     if isinstance(node, dict):
         return type(node)({key: on_mmcv(value) for key, value in node.items()})
     if isinstance(node, list | tuple):
@@ -86,10 +86,10 @@ def on_mmcv(node: Any) -> Any:
 
 
 def randomise(model: nn.Module, inputs: Inputs) -> None:
-    """Draw weights that let every layer matter: those of a fresh detector have offsets and branches that are zero.
+    """Draw weights with which every layer affects the outputs: in a new detector, offsets and some branches are zero.
 
-    Batch normalisation gets the statistics of the inputs, so that values are about one. The taps move by a pixel or so
-    everywhere, and by a quarter of that from place to place: more would make the network chaotic.
+    Batch normalization gets the statistics of the inputs, so that values are about one. The taps move by about a pixel
+    everywhere, and vary by a quarter of that between positions: more would make the network chaotic.
     """
     for name, parameter in model.named_parameters():
         predicts_offsets = 'conv_offset' in name
@@ -133,7 +133,7 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def evaluate(model: nn.Module, inputs: Inputs) -> Outcome:
-    """Run a model, and record which deformable operators did the work."""
+    """Run a model, and record which deformable operators ran."""
     with torch.profiler.profile() as profile:
         found = {part: tensors(value) for part, value in outputs(model, inputs)}
     layers = (type(module) for module in model.modules() if isinstance(module, LAYERS))
@@ -160,17 +160,18 @@ def require_equal_parameters(theirs: nn.Module, ours: nn.Module) -> None:
 
 
 def require_own_operators(theirs: Outcome, ours: Outcome) -> None:
-    """Refuse a comparison in which a model has run operators of the other, or none."""
+    """Refuse a comparison in which a model ran the other's operators, or none."""
     on_mmdcn = {key: key.startswith('mmdcn::') for key in theirs.calls | ours.calls}
     if any(on_mmdcn[key] for key in theirs.calls) or not all(on_mmdcn[key] for key in ours.calls):
         raise LaunchError(
-            f'the model on mmcv ran {dict(theirs.calls)}, that on mmdcn {dict(ours.calls)}: each should run its own. '
-            "A part that imports mmcv.ops itself needs custom_imports = dict(imports=['mmdcn.overrides_everywhere'])"
+            f'the model on mmcv ran {dict(theirs.calls)}, the one on mmdcn {dict(ours.calls)}: each should run its own '
+            'operators. For a part that imports mmcv.ops itself, set '
+            "custom_imports = dict(imports=['mmdcn.overrides_everywhere']) in the config"
         )
     if not ours.calls or theirs.calls.total() != ours.calls.total():
         raise LaunchError(
-            f'the model on mmcv ran {theirs.calls.total()} deformable operators, that on mmdcn {ours.calls.total()}: '
-            'there should be equally many, and at least one'
+            f'the model on mmcv ran {theirs.calls.total()} deformable operators, the one on mmdcn '
+            f'{ours.calls.total()}: the numbers should be equal, and at least one'
         )
 
 
@@ -186,7 +187,7 @@ def compare(theirs: list[Tensor], ours: list[Tensor]) -> tuple[float, float]:
 def check(config: str, shape: tuple[int, int]) -> None:
     if not Path(config).is_file():
         raise LaunchError(f'config {config} does not exist')
-    os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # or the profiler announces itself
+    os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # silences the profiler's log
     torch.manual_seed(0)
     cfg = Config.fromfile(config, import_custom_modules=False)
     inputs = draw_inputs(*shape)
@@ -194,7 +195,7 @@ def check(config: str, shape: tuple[int, int]) -> None:
     randomise(on_theirs, inputs)
     theirs = evaluate(on_theirs, inputs)
 
-    # Only now: from here on, a part that calls mmcv.ops by itself may be on mmdcn, whichever model it is of.
+    # After this import, a part of either model that uses mmcv.ops directly may run on mmdcn.
     if 'custom_imports' in cfg:
         import_modules_from_strings(**cfg.custom_imports)
     on_ours = MODELS.build(cfg.model).double().eval()
@@ -231,7 +232,7 @@ def main() -> None:
     register_all_modules()
     failed = []
     for config in args.configs:
-        # In a separate process: what a config imports may change mmdet for the configs after it.
+        # Each config runs in its own process: its imports may change mmdet for later configs.
         process = get_context('fork').Process(target=lambda c=config: sys.exit(run(partial(check, c, args.shape))))
         process.start()
         process.join()

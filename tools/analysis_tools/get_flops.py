@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print what each layer of a detector computes and holds: multiply-adds, parameters, activations."""
+"""Print each layer's multiply-adds, parameters and activations."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', metavar='CONFIG', help='the config file')
     parser.add_argument(
-        '--shape', type=int, nargs=2, metavar=('H', 'W'), help="size of the image [the config's test scale]"
+        '--shape', type=int, nargs=2, metavar=('H', 'W'), help="the size of the image [the config's test scale]"
     )
     parser.add_argument(
         '--cfg-options', nargs='+', action=Options, metavar='KEY=VALUE', help="settings that replace the config's"
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def test_scale(cfg: Config) -> tuple[int, int]:
-    """Return the height and width of the largest image that the test pipeline of a config makes.
+    """Return the height and width of the largest image that a config's test pipeline produces.
 
     Raises:
         LaunchError: If the config has no such pipeline.
@@ -41,7 +41,7 @@ def test_scale(cfg: Config) -> tuple[int, int]:
         if transform.type.endswith('Resize') and 'scale' in transform:
             width, height = transform.scale
             return height, width
-    raise LaunchError("the config's test_pipeline resizes no image: pass --shape H W")
+    raise LaunchError("the config's test_pipeline does not resize images: pass --shape H W")
 
 
 def print_table(found: DetectorComplexity) -> None:
@@ -55,8 +55,8 @@ def print_table(found: DetectorComplexity) -> None:
     table.add_row('all', '', *(f'{total:,}' for total in totals))
     Console(width=160).print(table)
     print(
-        '\nMultiply-adds are those that mmengine counts, normalizations included. torch.utils.flop_counter counts two '
-        'operations for each\nmultiply-add of convolutions, linear layers and the operators of mmdcn, and nothing else.'
+        "\nMultiply-adds are mmengine's count, normalizations included. torch.utils.flop_counter counts two operations "
+        "for each\nmultiply-add of convolutions, linear layers and mmdcn's operators, and nothing else."
     )
     if found.uncounted:
         calls = ', '.join(f'{name} ({count})' for name, count in sorted(found.uncounted.items()))

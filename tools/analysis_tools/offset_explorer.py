@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write one HTML page that shows where each deformable layer looks, wherever the pointer is."""
+"""Write an HTML page that shows where each deformable layer samples for the location under the pointer."""
 
 import argparse
 import sys
@@ -13,13 +13,13 @@ from mmdcn.visualization.inspection import inspect, load_detector
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('image', metavar='IMAGE', help='the image to look at')
+    parser.add_argument('image', metavar='IMAGE', help='the image file')
     parser.add_argument('config', metavar='CONFIG', help='the config file')
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='the checkpoint file, or a name of the model zoo')
     parser.add_argument('--out', type=Path, default=Path('outputs/offset_explorer.html'), help='the page to write')
     parser.add_argument('--title', help="the page's title; by default the name of the image")
-    parser.add_argument('--score', type=float, default=0.3, help='least score of a detection')
-    parser.add_argument('--device', default='cpu', help='where to run the detector')
+    parser.add_argument('--score', type=float, default=0.3, help='the minimum score of a detection')
+    parser.add_argument('--device', default='cpu', help='the device to run the detector on')
     return parser.parse_args()
 
 

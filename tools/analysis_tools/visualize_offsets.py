@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw where a detector's deformable layers look.
+"""Draw where a detector's deformable layers sample.
 
-Views, each a picture in --out-dir:
+Each view is a picture in --out-dir:
 
-    detections.png               all images: the boxes, and the sampling points of each box's centre
+    detections.png               all images: the boxes, and the sampling points for each box's centre
     IMAGE_points.png             the 9, 81 and 729 points that one, two and three stacked layers sample
-    IMAGE_maps.png               each layer's mean length of offsets, and mean of masks
-    IMAGE_receptive_field.png    the effective receptive field of the layer
+    IMAGE_maps.png               maps of each layer's mean offset length and mean mask
+    IMAGE_receptive_field.png    the layer's effective receptive field
 """
 
 import argparse
@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-# Threads that wait for each other by spinning take the cores that they wait for, where others work beside them. torch
-# reads the number of turns when it is imported: see docs/performance.md, "Beside other programs".
+# Beside other programs, spinning threads occupy the cores of the threads that they wait for. torch reads the spin count
+# when it is imported, see docs/performance.md, "Beside other programs".
 if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
     os.environ['GOMP_SPINCOUNT'] = '3000'
 
@@ -31,10 +31,10 @@ VIEWS = ('detections', 'points', 'maps', 'receptive_field')
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='images to look at')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='the image files')
     parser.add_argument('config', metavar='CONFIG', help='the config file')
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='the checkpoint file, or a name of the model zoo')
-    parser.add_argument('--out-dir', type=Path, default=Path('outputs'), help='folder to write into [%(default)s]')
+    parser.add_argument('--out-dir', type=Path, default=Path('outputs'), help='the folder to write into [%(default)s]')
     parser.add_argument('--views', nargs='+', choices=VIEWS, default=VIEWS, help='what to draw [all]')
     parser.add_argument(
         '--location',
@@ -42,13 +42,13 @@ def parse_args() -> argparse.Namespace:
         type=float,
         action='append',
         metavar=('Y', 'X'),
-        help='a place in pixels of the image; may be repeated [the centres of the three best detections]',
+        help='a location in pixels of the image; may be repeated [the centres of the three best detections]',
     )
-    parser.add_argument('--layer', help='the last of the stacked layers [the one that suits the best detection]')
-    parser.add_argument('--depth', type=int, default=3, help='the most layers to follow, at least 1 [%(default)s]')
-    parser.add_argument('--score', type=float, default=0.3, help='least score of a detection [%(default)s]')
-    parser.add_argument('--format', choices=['png', 'jpg'], default='png', help='of the pictures [%(default)s]')
-    parser.add_argument('--device', default='cpu', help='where to run the detector [%(default)s]')
+    parser.add_argument('--layer', help='the last of the stacked layers [one that fits the best detection in size]')
+    parser.add_argument('--depth', type=int, default=3, help='the maximum number of stacked layers [%(default)s]')
+    parser.add_argument('--score', type=float, default=0.3, help='the minimum score of a detection [%(default)s]')
+    parser.add_argument('--format', choices=['png', 'jpg'], default='png', help='the picture format [%(default)s]')
+    parser.add_argument('--device', default='cpu', help='the device to run the detector on [%(default)s]')
     args = parser.parse_args()
     if args.depth < 1:
         parser.error(f'--depth must be at least 1, got {args.depth}')
@@ -68,7 +68,7 @@ def choose_locations(found: Inspection, given: list[list[float]] | None) -> list
     height, width = found.picture.pixels.shape[:2]
     for y, x in given or []:
         if not (0 <= y < height and 0 <= x < width):
-            raise LaunchError(f'--location must lie in the image of {height} x {width} pixels, got {y:g} {x:g}')
+            raise LaunchError(f'--location must be inside the image of {height} x {width} pixels, got {y:g} {x:g}')
     centres = [detection.centre for detection in found.detections[:3]]
     return [(y, x) for y, x in given or []] or centres or [(height / 2, width / 2)]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a data set of five photographs in COCO's own layout: see mmdcn/datasets/coco_tiny.py."""
+"""Make a dataset of five photographs in the layout of COCO, see mmdcn/datasets/coco_tiny.py."""
 
 import sys
 

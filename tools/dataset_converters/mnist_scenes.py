@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a detection dataset of bent and turned handwritten digits: see mmdcn/datasets/mnist_scenes.py."""
+"""Make a detection dataset of deformed and rotated handwritten digits, see mmdcn/datasets/mnist_scenes.py."""
 
 import sys
 

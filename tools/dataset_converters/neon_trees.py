@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a tree detection dataset of real aerial photographs: see mmdcn/datasets/neon_trees.py."""
+"""Make a tree detection dataset of real aerial photographs, see mmdcn/datasets/neon_trees.py."""
 
 import sys
 

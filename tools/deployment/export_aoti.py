@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile a detector with AOTInductor, for programs without Python: see demo/cpp."""
+"""Compile a detector with AOTInductor for programs without Python, see demo/cpp."""
 
 import sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a detector to ONNX: from images to boxes and scores, in standard operators alone."""
+"""Export a detector to ONNX, from images to boxes and scores, with only standard operators."""
 
 import sys
 

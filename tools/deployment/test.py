@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test an exported detector beside the one it was made of: average precision, and how far detections are apart."""
+"""Compare an exported detector with its original: average precision, and differences of the detections."""
 
 import argparse
 import sys
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Recorder(nn.Module):
-    """A detector that remembers what it has detected."""
+    """A detector that records its detections."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ def print_table(metrics: list[dict[str, float]], found: list[dict[int, InstanceD
     apart = torch.cat([deployment.distances(found[0][image], found[1][image]) for image in found[0]])
     close = apart <= TOLERANCE
     table.add_row('detections', *(str(sum(map(len, each.values()))) for each in found))
-    table.add_row(f'of them not within {TOLERANCE} of one of the other', '', str(int((~close).sum())))
-    table.add_row('largest difference, in pixels or of scores', '', f'{apart.max():.1e}')
+    table.add_row(f'without a match within {TOLERANCE}', '', str(int((~close).sum())))
+    table.add_row('largest difference of a coordinate or a score', '', f'{apart.max():.1e}')
     Console(width=120).print(table)
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         raise LaunchError(str(error)) from error
     with explained(cfg):
         runner = build_runner(cfg, 'test')
-        runner.load_or_resume()  # before the model gets a wrapper, whose keys would be others
+        runner.load_or_resume()  # before the model is wrapped, which changes its keys
         detector = runner.model
         metrics, found = [], []
         for model in (detector, deployment.ExportedDetector(detector.data_preprocessor, detect)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint of another implementation of deformable convolution into one for mmdcn's layers."""
+"""Convert a checkpoint of another implementation of deformable convolution to one for mmdcn's layers."""
 
 import argparse
 import re
@@ -27,27 +27,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', type=Path, help='the checkpoint file')
     parser.add_argument('out', type=Path, help='the file to write')
     parser.add_argument(
-        '--config', help='the config of the model that will load it: checks that the model has a place for each weight'
+        '--config', help='the config of the model that will load it; the weights are checked against this model'
     )
     parser.add_argument(
         '--names',
         nargs='+',
         default=[],
         metavar='NAME',
-        help='for torchvision: what the model calls its DeformConv2d, the convolution that predicts the offsets, '
-        'and the one that predicts the masks if it is another',
+        help="for torchvision: the model's names for its DeformConv2d, for the convolution that predicts the offsets, "
+        'and for the one that predicts the masks, if separate',
     )
     args = parser.parse_args()
     if len(args.names) not in ((2, 3) if args.source == 'torchvision' else (0,)):
-        parser.error('torchvision needs --names with two or three names, the other sources have their own')
+        parser.error('torchvision needs --names with two or three names; other sources take none')
     return args
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Load the weights and the meta data of a checkpoint, and unpickle nothing else."""
+    """Load the weights and metadata of a checkpoint, and unpickle nothing else."""
     if path.suffix == '.pkl':
         raise LaunchError(
-            f'{path} is a pickle, which can run any code when it is loaded. If you trust it, make weights of it: '
+            f'{path} is a pickle, which can run any code when it is loaded. If you trust it, convert it: '
             f"torch.save(pickle.load(open('{path}', 'rb'), encoding='latin1'), '{path.with_suffix('.pth')}')"
         )
     try:
@@ -57,8 +57,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise LaunchError(f'{path} cannot be read: {error.strerror}') from error
     except (UnpicklingError, RuntimeError, EOFError) as error:
         other = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
-        reason = f"holds {other[1]} beside its weights; save its 'state_dict' alone" if other else 'is not whole'
-        raise LaunchError(f'{path} is no file of weights, or {reason}') from error
+        reason = f"contains {other[1]}; save only its 'state_dict'" if other else 'is incomplete'
+        raise LaunchError(f'{path} is not a file of weights, or {reason}') from error
     weights = next((checkpoint[key] for key in ('state_dict', 'model') if key in checkpoint), checkpoint)
     tensors = {
         key.removeprefix('module.'): torch.as_tensor(value)
@@ -66,18 +66,18 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         if isinstance(value, Tensor | np.ndarray)
     }
     if not tensors:
-        raise LaunchError(f'{path} has no weights: neither at its top nor in state_dict or model')
+        raise LaunchError(f'{path} has no weights at the top level, in state_dict or in model')
     return tensors, checkpoint.get('meta', {})
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write the whole file, or none."""
+    """Write the complete file or none."""
     with replacing(path) as beside:
         torch.save(checkpoint, beside)
 
 
 def print_changes(conversion: Conversion) -> None:
-    """Print what became of the keys; those that differ in nothing but numbers share a row."""
+    """Print how the keys changed; keys that differ only in numbers share a row."""
     rows: dict[tuple[str, str], list[Tensor]] = {}
     for name, keys in conversion.origins.items():
         if keys != (name,):
@@ -88,11 +88,11 @@ def print_changes(conversion: Conversion) -> None:
         [(*names, str(len(tensors)), str([*tensors[0].shape])) for names, tensors in rows.items()],
     )
     unchanged = sum(keys == (name,) for name, keys in conversion.origins.items())
-    print(f'{unchanged} other keys keep their names')
+    print(f'{unchanged} other keys are unchanged')
 
 
 def print_keys(title: str, keys: Iterable[str]) -> None:
-    """Print how many keys there are of each kind, if there are any."""
+    """Print the number of keys of each kind, if there are any."""
     kinds = Counter(re.sub(r'\d+', '#', key) for key in sorted(keys))
     if kinds:
         print_table((title, 'keys'), [(kind, str(count)) for kind, count in kinds.items()])
@@ -106,7 +106,7 @@ def main() -> None:
         conversion = convert_state_dict(weights, source)
         if args.config:
             model = build_model(args.config)
-            # A backbone's own weights are for its init_cfg.
+            # Weights of a backbone alone are for its init_cfg.
             if not any(key.startswith('backbone.') for key in conversion.state_dict):
                 model = model.backbone
             check_target(conversion.state_dict, model, source)
@@ -120,7 +120,7 @@ def main() -> None:
         missing = places - conversion.state_dict.keys()
         print_keys('missing for the model', (key for key in missing if not key.endswith('.num_batches_tracked')))
     else:
-        print('without --config, nothing was compared with a model: neither shapes, nor paddings, nor dilations')
+        print('without --config, shapes, paddings and dilations were not compared with a model')
     save(dict(meta=meta, state_dict=conversion.state_dict), args.out)
     print(f'wrote {args.out}')
 

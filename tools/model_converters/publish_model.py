@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a training checkpoint into a publishable one: the weights alone, named after their sha256."""
+"""Turn a training checkpoint into a publishable one, which has only the weights and is named after its sha256."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', type=Path, help='the config file; the model gets its name')
     parser.add_argument('checkpoint', type=Path, help="the training's checkpoint file")
-    parser.add_argument('--half', action='store_true', help='store float16; what loads it computes in float32 again')
+    parser.add_argument('--half', action='store_true', help='store float16; a model that loads it computes in float32')
     parser.add_argument('--out-dir', type=Path, help='the folder to write into [that of the config]')
     return parser.parse_args()
 
@@ -30,7 +30,7 @@ def main() -> None:
     rows = zip(('size before', 'size', 'sha256'), (*sizes, published.sha256), strict=True)
     print_table(('published', str(published.path)), rows)
     print(
-        'For the metafile, with the figures that tools/test.py gives:\n\n'
+        'For the metafile, with the metrics that tools/test.py prints:\n\n'
         f'- Name: {args.config.stem}\n'
         f'  Config: configs/{args.config.resolve().parent.name}/{args.config.name}\n'
         f'  Weights: {zoo.ADDRESS}{published.path.name}\n'
