@@ -313,7 +313,7 @@ def test_a_failed_export_leaves_the_older_file_and_no_other(tmp_path: Path) -> N
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == {path: b'older'}
 
 
-def test_weights_that_onnx_keeps_in_a_file_of_their_own_move_with_the_model(tmp_path: Path) -> None:
+def test_an_onnx_model_moves_with_its_file_of_weights(tmp_path: Path) -> None:
     program = torch.onnx.export(nn.Linear(40, 30), (torch.ones(1, 40),), dynamo=True, verbose=False)
     with replacing(tmp_path / 'new' / 'linear.onnx') as beside:
         program.save(beside, external_data=True)

@@ -192,10 +192,10 @@ def test_modulated_deform_conv_and_its_gradients_are_those_of_mmcv(with_bias: bo
 def test_the_first_values_of_finer_maps_are_used_in_any_memory_format(memory_format: torch.memory_format) -> None:
     finer = draw_convolution() | dict(offset=randn(2, 36, 7, 11), mask=randn(2, 18, 7, 11))
     first = finer | {name: finer[name].flatten(1)[:, : c * 50].view(2, c, 5, 10) for name, c in MAP_CHANNELS.items()}
-    expected = modulated_deform_conv(mmcv_ext, first, with_bias=True)
+    expected = run_modulated_deform_conv(mmcv_ext, first, with_bias=True)
     expected[4:] = [F.pad(gradient.flatten(1), (0, 27 * gradient.shape[1])) for gradient in expected[4:]]
     arranged = {name: finer[name].contiguous(memory_format=memory_format) for name in MAP_CHANNELS}
-    results = modulated_deform_conv(mmcv_ext, finer | arranged, with_bias=True)
+    results = run_modulated_deform_conv(mmcv_ext, finer | arranged, with_bias=True)
     results[4:] = [gradient.flatten(1) for gradient in results[4:]]
     for actual, same in zip(results, expected, strict=True):
         torch.testing.assert_close(actual, same)

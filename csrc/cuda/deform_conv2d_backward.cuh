@@ -45,8 +45,7 @@ void backward(DeviceCall<scalar_t>& call, const Tensor& grad_output, const Gradi
   ImageRows<scalar_t> grad_rows(grad_output, !is_rows(grad_output));
   std::optional<ImageRows<scalar_t>> grad_input;
   if (gradients.needs_input) grad_input.emplace(gradients.input, false);
-  // The gradient of the input is summed in the compute type, in the tensor itself or in rows that are then copied to
-  // it.
+  // The gradient of the input is summed in the compute type, in the tensor itself or in rows to copy from.
   const bool sums = gradients.needs_input && !(std::is_same_v<T, scalar_t> && is_rows(gradients.input));
   const bool sorts = gradients.needs_input && deterministic;
   const int64_t position_corners = 4 * g.samples_per_position();
