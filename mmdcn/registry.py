@@ -9,6 +9,8 @@ from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry, root
 
+from mmdcn.checkpoints.safe_globals import allow_mmengine_checkpoints
+
 MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
@@ -30,3 +32,6 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 for _parent in vars(root).values():
     if isinstance(_parent, Registry) and 'mmdcn' not in _parent.children:
         Registry(_parent.name, parent=_parent, scope='mmdcn', locations=['mmdcn.registry'])
+
+# Whoever builds a model with a layer of mmdcn may load its training checkpoints: mmdet's own tools too.
+allow_mmengine_checkpoints()

@@ -2,12 +2,15 @@
 """Checkpoints of mmengine load with `weights_only=True`, and nothing that could do harm does."""
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from mmdcn.checkpoints.safe_globals import load_training
@@ -41,3 +44,13 @@ def test_no_other_thing_is_loaded(harm: Call, tmp_path: Path) -> None:
     torch.save({'harm': harm}, tmp_path / 'harm.pth')
     with pytest.raises((pickle.UnpicklingError, KeyError)):
         load_training(tmp_path / 'harm.pth')
+
+
+def test_the_scope_of_mmdcn_lets_any_tool_load_a_training(tmp_path: Path) -> None:
+    """mmdet's own tools import mmdcn as a config asks for its layers, and then load a checkpoint."""
+    torch.save({'state_dict': {}, 'cfg': ConfigDict(lr=1), 'loss': HistoryBuffer([1.0], [1])}, tmp_path / 'epoch.pth')
+    code = "import sys, torch, mmdcn.registry; print(torch.load(sys.argv[1], weights_only=True)['cfg'])"
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code, tmp_path / 'epoch.pth'], check=True, capture_output=True, text=True
+    )
+    assert "{'lr': 1}" in result.stdout
