@@ -350,6 +350,7 @@ def main() -> None:
     found = {binary.name: kernels(binary, args.kernels, dynamic) for binary in args.binary}
     print(tables(found))
     if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         store(found, args.out)
 
 
