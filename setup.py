@@ -29,7 +29,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 
 TORCH_TARGET_VERSION = '0x020a000000000000'  # 2.10
 CUDA_ARCHITECTURES = (80, 90, 100, 120)  # and PTX of the last for those to come
-FUSED = '_fused'  # in the name of a source whose kernels take every register; what ptxas spills is outside their loops
+FUSED = '_fused'  # in the name of a source whose kernels take every register; ptxas spills some of them
 HOPPER = '_sm90a.cu'  # the end of a source of instructions that compute capability 9.0 alone has
 SOURCES = sorted(str(path) for folder in ('ops', 'cpu') for path in Path('csrc', folder).glob('*.cpp'))
 CUDA_SOURCES = sorted(str(path) for path in Path('csrc/cuda').glob('*.cu'))
