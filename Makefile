@@ -56,7 +56,7 @@ bench: $(VENV)-mmcv/mmcv.stamp
 	$(PIP) install -r requirements/bench.txt
 	for name in deform_conv2d deform_roi_pool nms; do $(VENV)-mmcv/bin/python benchmarks/run.py $$name --cases all; done
 
-# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, about 10 minutes on 2 cores. The tests that
+# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, about 4 minutes on 2 cores. The tests that
 # limit memory are left out: the sanitizers need more.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/core.stamp

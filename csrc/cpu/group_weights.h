@@ -8,7 +8,7 @@
 #include "../core/dispatch.h"
 #include "../core/stable_ops.h"
 #include "deform_conv2d_plan.h"
-#include "deform_conv2d_sampling.h"
+#include "lanes.h"
 #include "matrix_product.h"
 
 namespace mmdcn {

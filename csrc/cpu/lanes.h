@@ -11,6 +11,25 @@
 
 namespace mmdcn {
 
+// Calls body(channels) with a compile-time constant for common numbers of channels, so loops need no remainder.
+template <typename Body>
+void with_constant_channels(int64_t channels, const Body& body) {
+  switch (channels) {
+    case 4:
+      return body(std::integral_constant<int64_t, 4>());
+    case 8:
+      return body(std::integral_constant<int64_t, 8>());
+    case 16:
+      return body(std::integral_constant<int64_t, 16>());
+    case 32:
+      return body(std::integral_constant<int64_t, 32>());
+    case 64:
+      return body(std::integral_constant<int64_t, 64>());
+    default:
+      return body(channels);
+  }
+}
+
 // The number of channels may be a compile-time constant, see with_constant_channels.
 template <typename T, typename Count>
 constexpr int64_t lanes_of() {
