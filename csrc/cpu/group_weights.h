@@ -74,13 +74,14 @@ class GroupWeights {
     const scalar_t* weights = data<const scalar_t>(weight) +
                               (part.channels.group * g_.group_out_channels() + first) * out_stride +
                               in_group * channel_stride;
-    constexpr int64_t kChannels = 16;  // few enough for their taps to stay in the L1 cache
+    // Few enough for their taps to stay in the L1 cache. A channels_last weight is read in runs of channels.
+    const int64_t block = channel_stride == 1 ? 64 : 16;
     with_constant_channels(last - first, [&](auto outputs) {
-      for (int64_t channel = 0; channel < size; channel += kChannels) {
+      for (int64_t channel = 0; channel < size; channel += block) {
         for (int64_t tap = 0; tap < g_.taps(); ++tap) {
           const scalar_t* from =
               weights + tap / g_.kernel_width * weight.stride(2) + tap % g_.kernel_width * weight.stride(3);
-          for (int64_t c = channel; c < std::min(channel + kChannels, size); ++c) {
+          for (int64_t c = channel; c < std::min(channel + block, size); ++c) {
             T* target = &part.weight.at(tap * size + c, first);
             for (int64_t o = 0; o < outputs; ++o) {
               target[o] = static_cast<T>(from[o * out_stride + c * channel_stride]);
