@@ -221,20 +221,33 @@ __global__ void __launch_bounds__(Form::kThreads, Form::kResident)
   Form::run(call, plan);
 }
 
-// Calls body with the form for the number of output channels.
+// Calls body with the largest form whose columns divide the output channels and whose shared memory the device has. If
+// there is none, calls it with the smallest form.
 template <typename scalar_t, typename Body>
-auto with_mma_form(const FusedForward& call, const Body& body) {
-  if (call.out_channels % 256 == 0) return body(Mma<scalar_t, 128, 256, 64, 64, 2, 1>{});
-  if (call.out_channels % 128 == 0) return body(Mma<scalar_t, 64, 128, 32, 64, 3, 2>{});
+auto with_mma_form(const FusedForward& call, int32_t device, const Body& body) {
+  const int32_t limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto fits = [&](auto form) {
+    return call.out_channels % form.kColumns == 0 && form.shared_bytes(call.taps) <= limit;
+  };
+  const Mma<scalar_t, 128, 256, 64, 64, 2, 1> large{};
+  const Mma<scalar_t, 64, 128, 32, 64, 3, 2> medium{};
+  if (fits(large)) return body(large);
+  if (fits(medium)) return body(medium);
   return body(Mma<scalar_t, 64, 64, 32, 32, 3, 3>{});
 }
 
 template <typename scalar_t>
 void run_mma(const FusedForward& call, int32_t device) {
-  with_mma_form<scalar_t>(call, [&](auto form) {
+  with_mma_form<scalar_t>(call, device, [&](auto form) {
     using Form = decltype(form);
     const FusedSteps plan = FusedSteps::of(call, Form::kRows, Form::kColumns, Form::kTapBytes, 0);
     launch_kernel(fused_mma<Form>, plan.tiles, Form::kThreads, Form::shared_bytes(call.taps), device, call, plan);
+  });
+}
+
+FusedShape mma_shape(const FusedForward& call, int32_t device) {
+  return with_mma_form<__half>(call, device, [&](auto form) -> FusedShape {
+    return {form.kRows, form.kColumns, form.shared_bytes(call.taps)};
   });
 }
 
@@ -247,17 +260,12 @@ bool occupies(const FusedForward& call, const FusedShape& shape, int32_t device)
 
 }  // namespace
 
-FusedShape fused_mma_shape(const FusedForward& call) {
-  return with_mma_form<__half>(
-      call, [&](auto form) -> FusedShape { return {form.kRows, form.kColumns, form.shared_bytes(call.taps)}; });
-}
-
 FusedForm fused_form(const FusedForward& call, int32_t device) {
   if (call.channels / call.offset_groups % kChunk != 0 || call.out_channels % 64 != 0) return FusedForm::kNone;
   const int capability =
       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
   const FusedForm form = capability == 90 ? FusedForm::kWgmma : FusedForm::kMma;
-  const FusedShape shape = form == FusedForm::kWgmma ? fused_wgmma_shape(call) : fused_mma_shape(call);
+  const FusedShape shape = form == FusedForm::kWgmma ? fused_wgmma_shape(call) : mma_shape(call, device);
   const bool fits = shape.shared_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return fits && occupies(call, shape, device) ? form : FusedForm::kNone;
 }

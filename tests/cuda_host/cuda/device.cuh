@@ -33,7 +33,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 
-// Of a device of compute capability MMDCN_HOST_CAPABILITY, 80 or 90; without it, of one without tensor cores.
+// Of a device of compute capability MMDCN_HOST_CAPABILITY, 80, 86 or 90; without it, of one without tensor cores.
 inline int attribute(cudaDeviceAttr name, int32_t device) {
   const char* const given = std::getenv("MMDCN_HOST_CAPABILITY");
   const int capability = given ? std::atoi(given) : 0;
@@ -43,7 +43,7 @@ inline int attribute(cudaDeviceAttr name, int32_t device) {
     case cudaDevAttrComputeCapabilityMinor:
       return capability % 10;
     default:
-      return (capability == 90 ? 227 : capability == 80 ? 163 : 0) << 10;
+      return (capability == 90 ? 227 : capability == 86 ? 99 : capability == 80 ? 163 : 0) << 10;
   }
 }
 
