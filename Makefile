@@ -17,14 +17,14 @@ demo: $(WORK_DIR)/demo.png
 	@cat $(WORK_DIR)/results.txt
 	@echo "Detections and sampling points: $(WORK_DIR)/demo.png"
 
-# A process for each core, and a thread for each process: most of the tests' time is Python's. A file stays in one process.
+# One process per core with one thread each: the tests spend most of their time in Python. A file stays in one process.
 PYTEST = OMP_NUM_THREADS=1 $(1) -n $$(nproc) --maxprocesses=8 --dist=loadfile
 
 test: $(VENV)/core.stamp
 	@echo "== Testing, about 10 minutes on 2 cores =="
 	$(call PYTEST,$(BIN)/pytest)
 
-# The comparisons with mmcv's own operators, which are compiled once, in an environment that has all else of .venv.
+# The comparisons with mmcv's own operators. They are compiled once, in an environment that shares all else with .venv.
 test-mmcv: $(VENV)-mmcv/mmcv.stamp
 	@echo "== Comparing with mmcv's compiled operators, about 2 minutes on 2 cores =="
 	$(call PYTEST,$(VENV)-mmcv/bin/python -m pytest) -m mmcv_ops
@@ -33,8 +33,8 @@ test-mmcv: $(VENV)-mmcv/mmcv.stamp
 test-openmmlab:
 	$(MAKE) test VENV=.venv-openmmlab OPENMMLAB=requirements/openmmlab-upstream.txt
 
-# The comparisons with torchvision, in a separate environment: torchvision 0.29 needs torch 2.14, which exists only as a
-# build for CUDA of some gigabytes. The core is that of `make test`.
+# The comparisons with torchvision, in a separate environment: torchvision 0.29 needs torch 2.14, which is available
+# only as a CUDA build of some gigabytes. The core is that of `make test`.
 TORCHVISION := .venv-torchvision/bin
 test-torchvision: $(VENV)/core.stamp
 	@echo "== Setting up .venv-torchvision: some gigabytes =="
@@ -70,11 +70,12 @@ sanitize: $(VENV)/core.stamp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(abspath $(SANITIZED))" \
 	$(call PYTEST,$(BIN)/pytest) --dist=worksteal -p no:cacheprovider -k 'not too_little_memory and not workspace' \
-	  $(addprefix tests/test_deform_,conv2d.py conv2d_errors.py conv2d_derivatives.py conv2d_fuzz.py roi_pool.py) tests/test_nms.py
+	  $(filter-out %_compile.py,$(wildcard tests/test_deform_*.py)) tests/test_nms.py
 
-# One wheel for every Python and torch, built from the sdist. torch's libraries are not copied into it: at run time they
-# are loaded already. The tests use the packages of .venv, but mmdcn from the wheel. Then README's ways to install it are
-# tried in fresh environments, each PYTHON:TORCH of WHEEL_TRIES; all but that of .venv download some gigabytes.
+# One wheel for every Python and torch, built from the sdist. It does not contain torch's libraries, because they are
+# already loaded at run time. The tests use the packages of .venv, but mmdcn from the wheel. Then the installations of
+# the README are tried in a fresh environment for each PYTHON:TORCH of WHEEL_TRIES. All but .venv's download some
+# gigabytes.
 WHEEL_CHECK := build/wheel-check
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 WHEEL_TRIES ?= $(BIN)/python:2.13.0 python3.10:2.10.0 python3.13:2.14.1
@@ -95,7 +96,7 @@ wheel: $(VENV)/core.stamp
 	$(WHEEL_CHECK)/bin/pip install --no-deps -r requirements/mim.txt dist/mmdcn-*.whl dist/mmdcn_zoo-*.whl
 	$(BIN)/python $(SITE) > "$$($(WHEEL_CHECK)/bin/python $(SITE))/venv.pth"
 	cp -r tests pyproject.toml $(WHEEL_CHECK)
-	cd $(WHEEL_CHECK) && bin/python -m pytest $(addprefix tests/test_,deform_conv2d.py deform_conv2d_errors.py deform_roi_pool.py nms.py extension.py packaging.py)
+	cd $(WHEEL_CHECK) && bin/python -m pytest $(filter-out %_compile.py %_derivatives.py %_fuzz.py,$(wildcard tests/test_deform_*.py)) $(addprefix tests/test_,nms.py extension.py packaging.py)
 	for try in $(WHEEL_TRIES); do packages/try_install.sh dist "$${try%%:*}" "$${try##*:}"; done
 
 # The documentation site. Its API pages come from the docstrings, its tables of promises from the tests.
@@ -105,17 +106,17 @@ docs: $(VENV)/core.stamp
 	@echo "Open build/docs/index.html"
 
 # On a machine with a GPU, in 5 minutes: the operators' tests, the memory checkers, the benchmark, a training step, and a
-# page with all of it in build/gpu-check-results. It takes the wheel that `make wheel` left in dist, or the folder GPU_CHECK_SITE
-# with mmdcn in it. PYTHON needs CUDA builds of torch and torchvision, pytest, pytest-xdist, hypothesis, matplotlib, tabulate
-# and tqdm. GPU_CHECK_PEERS is a folder with the wheel of deformops, and may be absent.
+# page with all results in build/gpu-check-results. It uses the wheel that `make wheel` has left in dist, or mmdcn from
+# the folder GPU_CHECK_SITE. PYTHON needs CUDA builds of torch and torchvision, pytest, pytest-xdist, hypothesis,
+# matplotlib, tabulate and tqdm. GPU_CHECK_PEERS is a folder with the wheel of deformops, and may be absent.
 GPU_CHECK_PEERS ?= .whl
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(GPU_CHECK_SITE),--site $(GPU_CHECK_SITE)) --peers $(GPU_CHECK_PEERS) $(GPU_CHECK_OPTIONS)
 
 setup: $(VENV)/core.stamp
 
-# mmcv compiles its operators where it finds torch, so it is built in isolation. pip's cache may hold a compiled wheel, so
-# it is not used. packages/mmdcn-mmcv puts mmdcn's operators in their place.
+# mmcv compiles its operators if it finds torch, so it is built in isolation. pip's cache may contain a compiled wheel,
+# so the cache is not used. packages/mmdcn-mmcv puts mmdcn's operators in their place.
 MMCV := $(shell grep '^[a-z-]*mmcv[a-z-]*==' $(OPENMMLAB))
 $(VENV)/openmmlab.stamp: requirements/build.txt $(OPENMMLAB)
 	@echo "== Setting up $(VENV): torch and OpenMMLab, about 2 minutes once they are downloaded =="
@@ -134,7 +135,7 @@ $(VENV)/core.stamp: $(VENV)/openmmlab.stamp requirements/dev.txt requirements/de
 	$(PIP) install --no-build-isolation --no-deps --force-reinstall packages/mmdcn-mmcv
 	touch $@
 
-# pip keeps the wheel for the next time. If it has kept one without operators, that goes.
+# pip caches the wheel for later builds. If the cached wheel has no operators, it is removed and built again.
 COMPILED := build/compiled-$(firstword $(subst =, ,$(MMCV)))
 $(VENV)-mmcv/mmcv.stamp: $(VENV)/openmmlab.stamp | $(VENV)/core.stamp
 	@echo "== Compiling mmcv's operators, once: 7 minutes on 2 fast cores, up to 30 on slow ones; all of it in $(COMPILED).log =="

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare deformops with mmdcn on a shape of its benchmark, and so compile what the benchmark needs of it."""
+"""Compare deformops with mmdcn on a shape of the benchmark, which also compiles the kernels for that shape."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from deform_conv2d import CASES, deformops_deform_conv2d, make_inputs, mmdcn_def
 
 
 def differences(case_number: int, device: str) -> dict[str, float]:
-    """Return the relative difference of the output and of each gradient, all in the layout of deformops."""
+    """Return the relative differences of the output and of each gradient, in the layout of deformops."""
     x = make_inputs(CASES[device]['deformops'][case_number], device)
     ours = list(training_call(mmdcn_deform_conv2d, x)())
     output, image, offset, weight, mask = ours
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     found = differences(args.case, args.device)
     print(', '.join(f'{name} {difference:.1e}' for name, difference in found.items()))
-    # Some roundings of the type, each of a random sign, stay within a few of its eps.
+    # The result of a few roundings with random signs stays within a few eps of the dtype.
     limit = 8 * torch.finfo(torch.bfloat16).eps
     wrong = [name for name, difference in found.items() if not difference < limit]
     if wrong:

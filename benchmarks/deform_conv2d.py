@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution: the shapes that matter, and everything that computes it."""
+"""Benchmark cases of deformable convolution: shapes and implementations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,16 +16,16 @@ import mmdcn
 
 PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'onnxruntime', 'openvino', 'torchvision', 'deformops')
 BASELINE = 'conv2d'
-WALL_GROUPS = ('batch-1',)  # so short that the host's time is most of theirs
+WALL_GROUPS = ('batch-1',)  # kernels so short that the time of the host dominates
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer. The default is a 3x3 of ResNet-50."""
+    """One layer. The defaults are those of a 3x3 convolution of ResNet-50."""
 
     name: str
     channels: int
-    height: int  # of the output
+    height: int  # height of the output
     width: int
     batch: int = 2
     kernel: int = 3
@@ -34,12 +34,12 @@ class Case:
     offset_groups: int = 1
     mask: bool = True
     dtype: torch.dtype = torch.float32
-    offset_dtype: torch.dtype | None = None  # of offset and mask; None: dtype
-    operator: bool = False  # measured without the public function as well
-    deformops: bool = False  # which tries 40 configurations for each shape before its first result
+    offset_dtype: torch.dtype | None = None  # dtype of offset and mask; None for that of the input
+    operator: bool = False  # also measure the operator without the public function
+    deformops: bool = False  # also measure deformops, which autotunes 40 configurations per shape
 
 
-# The 3x3 convolutions of ResNet-50's stages at an image of 800 x 1344 pixels.
+# The 3x3 convolutions of ResNet-50's stages, for an image of 800 x 1344 pixels.
 C3 = Case('c3', 128, 100, 168)
 C4 = Case('c4', 256, 50, 84)
 C5 = Case('c5', 512, 25, 42)
@@ -67,7 +67,7 @@ def stages(name: str, **changes: Any) -> tuple[Case, ...]:
 
 
 def square(size: int, channels: int, batch: int) -> tuple[Case, ...]:
-    """Return the 3x3 of c3, c4 and c5 at a square image, where c3 has so many channels."""
+    """Return the 3x3 convolutions of c3 to c5 for a square image; `channels` is the number in c3."""
     return tuple(
         Case(f'c{i + 3}, {size} x {size}, batch {batch}', channels << i, size // 8 >> i, size // 8 >> i, batch)
         for i in range(3)
@@ -76,14 +76,14 @@ def square(size: int, channels: int, batch: int) -> tuple[Case, ...]:
 
 SMALL = (
     Case('tiny: 1x4x6x6', 4, 6, 6, batch=1, operator=True),
-    *square(160, 64, 8),  # the demo's: ResNet-18 of half the width
+    *square(160, 64, 8),  # the demo's detector: a ResNet-18 of half width
     *square(320, 128, 1),
     *square(640, 128, 1),
 )
 
 
 def low(dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
-    """Return the types of a low-precision layer on a GPU, whose offsets stay float32."""
+    """Return the settings of a low-precision layer on a GPU, whose offsets stay float32."""
     return {'dtype': dtype, 'offset_dtype': torch.float32, **changes}
 
 
@@ -110,10 +110,10 @@ CASES = {
 
 @dataclass
 class Inputs:
-    """The tensors of a case, in the layout that the first `conv2d` candidate has."""
+    """The tensors and settings of a case. `make_inputs` returns them contiguous."""
 
     input: Tensor  # [B, C, H, W]
-    offset: Tensor  # [B, 2*G*K, H_out, W_out], within 2 pixels or so
+    offset: Tensor  # [B, 2*G*K, H_out, W_out], standard normal
     weight: Tensor  # [C, C/groups, kh, kw]
     mask: Tensor | None  # [B, G*K, H_out, W_out]
     stride: int
@@ -129,12 +129,12 @@ class Inputs:
         )
 
     def one_type(self) -> 'Inputs':
-        """The same with offsets and mask in the type of the image, for who takes no other."""
+        """Convert offsets and mask to the dtype of the input, for implementations that need a single dtype."""
         mask = None if self.mask is None else self.mask.to(self.input.dtype)
         return replace(self, offset=self.offset.to(self.input.dtype), mask=mask)
 
     def channels_inside(self) -> 'Inputs':
-        """The same as [B, H, W, C], [B, H_out, W_out, G, K, 2], the weight as it is, and [B, H_out, W_out, G, K]."""
+        """Move channels last: input [B, H, W, C], offset [B, H_out, W_out, G, K, 2], mask [B, H_out, W_out, G, K]."""
 
         def inside(tensor: Tensor, *inner: int) -> Tensor:
             return tensor.movedim(1, -1).unflatten(-1, (self.offset_groups, -1, *inner)).contiguous()
@@ -144,7 +144,7 @@ class Inputs:
         return replace(self, input=image, offset=inside(self.offset, 2), mask=mask)
 
     def leaves(self) -> 'Inputs':
-        """Copies that require gradients."""
+        """Copy the tensors into leaves that require gradients."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -200,7 +200,7 @@ def torchvision_deform_conv2d(x: Inputs) -> Tensor:
 
 
 def deformops_deform_conv2d(x: Inputs) -> Tensor:
-    """Compute it with the Triton kernels of deformops, from `Inputs.channels_inside`."""
+    """Run the Triton kernels of deformops; the inputs come from `Inputs.channels_inside`."""
     from deformops.registry import conv
 
     geometry = dict(stride=x.stride, padding=x.padding, groups=x.groups, offset_groups=x.offset_groups)
@@ -212,7 +212,7 @@ def reference_deform_conv2d(x: Inputs) -> Tensor:
 
 
 def onnxruntime_session(x: Inputs) -> Call:
-    """DeformConv of opset 22 in ONNX Runtime, with the weight as a constant, as an exported model has it."""
+    """Build a call of ONNX Runtime's DeformConv (opset 22), with a constant weight as in exported models."""
     import onnxruntime
     from onnx import TensorProto, checker, helper, numpy_helper
 
@@ -242,7 +242,7 @@ def onnxruntime_session(x: Inputs) -> Call:
 
 
 def openvino_request(x: Inputs) -> Call:
-    """DeformableConvolution of opset 8 in OpenVINO, likewise, in float32."""
+    """Build a call of OpenVINO's DeformableConvolution (opset 8) in float32, with a constant weight."""
     import openvino
     from openvino import opset8
 
@@ -250,7 +250,7 @@ def openvino_request(x: Inputs) -> Call:
     parameters = [opset8.parameter(feed.shape, np.float32) for feed in feeds]
     weight = x.weight.numpy()
     if x.groups > 1:
-        raise NotImplementedError('its fast kernel takes one group')
+        raise NotImplementedError('its fast kernel supports only one group')
     node = opset8.deformable_convolution(
         parameters[0],
         parameters[1],
@@ -263,7 +263,7 @@ def openvino_request(x: Inputs) -> Call:
         'EXPLICIT',
         x.groups,
         x.offset_groups,
-        True,  # beyond the image is zero
+        True,  # samples outside the image are zero
     )
     hints = {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'}
     compiled = openvino.Core().compile_model(openvino.Model([node], parameters), 'CPU', hints)
@@ -275,7 +275,7 @@ Candidate = tuple[Callable[[Inputs], Tensor], Inputs]
 
 
 def common_candidates(case: Case, device: str) -> dict[str, Candidate]:
-    """Return the functions, each with its inputs, whose forward and backward can be measured."""
+    """Return the implementations with forward and backward, each with its inputs."""
     x = make_inputs(case, device)
     y = x.channels_last()
     candidates = {
@@ -296,7 +296,7 @@ def common_candidates(case: Case, device: str) -> dict[str, Candidate]:
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Return what builds each candidate's call."""
+    """Return, for each candidate, the function that builds its forward call."""
     candidates = common_candidates(case, device)
     builds: dict[str, Build] = {name: partial(partial, *candidate) for name, candidate in candidates.items()}
     if device == 'cpu' and case.dtype == torch.float32:
@@ -307,7 +307,7 @@ def forward_candidates(case: Case, device: str) -> dict[str, Build]:
 
 
 def training_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Likewise, forward and backward with the gradients of every tensor."""
+    """Return the same for forward and backward, with the gradients of all tensors."""
     candidates = common_candidates(case, device)
     builds: dict[str, Build] = {name: partial(training_call, *candidate) for name, candidate in candidates.items()}
     if device == 'cuda':

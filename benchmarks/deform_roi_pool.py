@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable RoI pooling: the levels of a feature pyramid, against RoIAlign and everything else that computes it."""
+"""Benchmark cases of deformable RoI pooling: the levels of a feature pyramid, and the implementations."""
 
 import importlib.util
 from collections.abc import Callable
@@ -21,17 +21,17 @@ WALL_GROUPS = ()
 
 @dataclass(frozen=True)
 class Case:
-    """One level of a pyramid with 256 channels, for two images, and its share of 512 regions for each."""
+    """One level of a pyramid with 256 channels, for two images with 512 regions each on all levels together."""
 
     name: str
     height: int
     width: int
     rois: int
-    smallest: int  # side of a region in pixels of the level
+    smallest: int  # smallest side of a region, in pixels of the level
     dtype: torch.dtype = torch.float32
 
 
-# An image of 800 x 1344 pixels; regions of up to 112 pixels go to the first level, of twice that to the next.
+# Levels of an image of 800 x 1344 pixels. Regions of up to 112 pixels go to p2, of up to 224 pixels to p3, and so on.
 LEVELS = (
     Case('p2', 200, 336, 600, 3),
     Case('p3', 100, 168, 250, 14),
@@ -56,7 +56,7 @@ class Inputs:
 
     input: Tensor  # [2, 256, H, W]
     rois: Tensor  # [N, 5]
-    offset: Tensor | None  # [N, 2, 7, 7], as a trained layer has them
+    offset: Tensor | None  # [N, 2, 7, 7], standard normal
 
     def channels_last(self) -> 'Inputs':
         return replace(self, input=self.input.contiguous(memory_format=torch.channels_last))
@@ -98,7 +98,7 @@ def mmcv_roi_align(x: Inputs) -> Tensor:
 
 @cache
 def roi_align_on_mmdcn() -> ModuleType:
-    """Return another copy of mmcv's RoIAlign, which runs as it does where mmcv is not compiled."""
+    """Return a second copy of mmcv's RoIAlign that runs on mmdcn's operators, as without a compiled mmcv."""
     from mmdcn.openmmlab import mmcv_ext
 
     origin = importlib.import_module('mmcv.ops.roi_align').__file__
@@ -135,12 +135,12 @@ def candidates_of(case: Case, device: str) -> dict[str, tuple[Callable[[Inputs],
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Return what builds each candidate's call."""
+    """Return, for each candidate, the function that builds its forward call."""
     return {name: partial(partial, *candidate) for name, candidate in candidates_of(case, device).items()}
 
 
 def training_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Likewise, forward and backward with the gradients of images and offsets."""
+    """Return the same for forward and backward, with the gradients of input and offsets."""
     return {name: partial(training_call, *candidate) for name, candidate in candidates_of(case, device).items()}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time a training iteration of the demo's detector, alone and beside two busy loops, with and without DCNv2.
+"""Time a training iteration of the demo's detector with and without DCNv2, alone and beside two busy loops.
 
-It needs the demo's data: python tools/dataset_converters/mnist_scenes.py
+This needs the demo's dataset: python tools/dataset_converters/mnist_scenes.py
 """
 
 import argparse
@@ -32,7 +32,7 @@ DETECTORS = {
 
 
 def training_iteration(config: Path) -> Call:
-    """Return what trains a detector with the first batch of its data, at a rate that leaves it as it is."""
+    """Build a training step on the first batch of the dataset; its tiny learning rate hardly changes the model."""
     cfg = Config.fromfile(config)
     cfg.optim_wrapper.optimizer.lr = 1e-6
     batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))
@@ -47,9 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('--repeats', type=int, default=7, help='how often each detector is timed')
+    parser.add_argument('--repeats', type=int, default=7, help='the number of timings of each detector')
     args = parser.parse_args()
-    MMLogger.get_instance('demo', log_level='ERROR')  # not a line for each parameter
+    MMLogger.get_instance('demo', log_level='ERROR')  # otherwise mmengine logs a line for each parameter
     register_all_modules()
     facts = machine('cpu', ('torch', 'mmdcn', 'onedl-mmcv', 'onedl-mmdetection'))
     print('\n'.join(f'{key}: {value}' for key, value in facts.items()), flush=True)

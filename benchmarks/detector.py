@@ -29,7 +29,7 @@ def build(layer: str | None) -> nn.Module:
 
 
 def sample() -> DetDataSample:
-    """Make an image's worth of boxes, spread over sizes as those of COCO are."""
+    """Make the ground truth of one image: boxes with a wide range of sizes, as in COCO."""
     torch.manual_seed(0)
     corner, size = torch.rand(12, 2) * 600, torch.logspace(1, 2.5, 12)[:, None].expand(-1, 2)
     boxes = InstanceData(bboxes=torch.cat([corner, corner + size], 1), labels=torch.randint(80, (12,)))
@@ -53,8 +53,8 @@ def test(model: nn.Module, image: Tensor, data_sample: DetDataSample) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on the CPU')
-    parser.add_argument('--repeats', type=int, default=5, help='how often each model is timed')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='the number of CPU threads')
+    parser.add_argument('--repeats', type=int, default=5, help='the number of timings of each model')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     compiled_mmcv_ops()

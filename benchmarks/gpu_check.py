@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test, sanitize and measure mmdcn on a GPU within minutes, and say on one page which goals it meets.
+"""Test, sanitize and measure mmdcn on a GPU within minutes, and report on one page which goals it meets.
 
-Each step is a process of its own with a limit; none stops the others. What is known is written every few seconds.
+Each step runs in its own process with a time limit, and does not stop the others. All results so far are written every
+few seconds.
 """
 
 import argparse
@@ -28,11 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / 'benchmarks'
 STEPS = ('tests', 'sanitize', 'bench', 'resnet')
 TOOLS = ('memcheck', 'racecheck', 'synccheck', 'initcheck')
-RESERVE = 12  # seconds that the page and the charts take
+RESERVE = 12  # seconds for the page and the charts
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 5
-LOG_BYTES = 150_000  # of each step
-FAILURES = 100  # named on the page, of each step
+LOG_BYTES = 150_000  # maximum log size of each step
+FAILURES = 100  # maximum number of recorded failures of each step
 OUTCOME = '(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)'
 TEST_RESULT = re.compile(rf'\[gw\d+\] \[ *\d+%\] {OUTCOME} (tests/.*)|(tests/\S.*?) {OUTCOME}\b')  # with xdist; without
 PROBE = """
@@ -49,17 +50,17 @@ print(f'torch {torch.__version__}, {torch.cuda.get_device_name()}, {mmdcn.__file
 
 @dataclass
 class Step:
-    """A process, its limit and what it said."""
+    """A process with a time limit, and its output."""
 
     name: str
     command: list[str]
     limit: float  # seconds
     env: dict[str, str] = field(default_factory=dict)
     cwd: Path = ROOT
-    quiet: Callable[[str], bool] = lambda line: False  # lines that are not kept
+    quiet: Callable[[str], bool] = lambda line: False  # which lines to leave out of the log
     status: str = 'not started'
     seconds: float = 0.0
-    counts: dict[str, int] = field(default_factory=dict)  # of tests, by outcome
+    counts: dict[str, int] = field(default_factory=dict)  # number of tests by outcome
     failures: list[str] = field(default_factory=list)
     tail: list[str] = field(default_factory=list)
     logged: int = 0
@@ -84,7 +85,7 @@ class Step:
         self.reader.start()
 
     def read(self, log: Path) -> None:
-        """Keep what the process says, and count its tests."""
+        """Log the output of the process, and count its tests."""
         assert self.process is not None and self.process.stdout is not None
         with log.open('a') as file:
             for line in self.process.stdout:
@@ -107,7 +108,7 @@ class Step:
             say(f'{self.name}: FAILED {what}')
 
     def done(self) -> bool:
-        """Stop the process if it is late; say whether it has ended."""
+        """Stop the process if it exceeds its limit, and return whether it has ended."""
         if self.process is None:
             return True
         late = time.monotonic() - self.started > self.limit
@@ -132,7 +133,7 @@ class Step:
         return ', '.join(f'{count} {outcome}' for outcome, count in list(self.counts.items()))
 
     def record(self) -> dict[str, Any]:
-        """Return what is kept of it; `read` may go on meanwhile."""
+        """Return the record of the step; `read` may still be adding to it."""
         ended_well = self.status in ('passed', 'running')
         return {
             'name': self.name,
@@ -152,13 +153,13 @@ def say(text: str) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
+    """Kill a process and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 class Check:
-    """What has been done so far, in an output folder."""
+    """The steps of the check, and the folder for their results."""
 
     def __init__(self, args: argparse.Namespace, site: Path) -> None:
         self.args, self.site, self.work = args, site, args.work.resolve()
@@ -181,7 +182,7 @@ class Check:
         return self.args.limit - RESERVE - (time.monotonic() - BEGAN)
 
     def run(self, *steps: Step) -> None:
-        """Run steps side by side, each for as long as it and all of them may take."""
+        """Run steps concurrently, each up to its own limit and the time that is left for the whole check."""
         for step in steps:
             self.steps.append(step)
             step.env = {**self.env, **step.env}
@@ -207,7 +208,7 @@ class Check:
             self.write()
 
     def write(self) -> dict[str, Any]:
-        """Write all that is known: the figures as JSON, and the page."""
+        """Write all results so far as JSON and as a page."""
         steps = [step.record() for step in self.steps]
         record = {
             'commit': self.args.commit,
@@ -226,7 +227,7 @@ def python(*arguments: object) -> list[str]:
 
 
 def test_step(work: Path, limit: float) -> Step:
-    """Run the CUDA tests of all operators; a process that hangs or has lost its GPU does not take the others along."""
+    """Run the CUDA tests of all operators; a worker that hangs or loses its GPU does not stop the others."""
     options = ['-vv', '-p', 'no:cacheprovider', '--tb=short', '--continue-on-collection-errors', '-k', 'cuda']
     if importlib.util.find_spec('xdist'):
         options += ['-n', '8', '--dist', 'worksteal', '--max-worker-restart', '40']
@@ -240,7 +241,7 @@ def test_step(work: Path, limit: float) -> Step:
 
 
 def uninteresting(line: str) -> bool:
-    """Leave out of the log that a test starts or passes."""
+    """Return whether a line only says that a test starts, passes or is skipped, or is empty."""
     return ' PASSED ' in line or ' SKIPPED ' in line or line.startswith('tests/') or not line
 
 
@@ -259,21 +260,21 @@ def sanitizer_steps(work: Path, limit: float, expression: str) -> list[Step]:
             '50',
         ]
         if tool == 'memcheck':
-            options += ['--report-api-errors', 'no']  # torch asks for what may fail
-        if tool != 'initcheck':  # which must see all that is written
+            options += ['--report-api-errors', 'no']  # torch handles API calls that may fail
+        if tool != 'initcheck':  # initcheck must see the writes of all kernels
             options += ['--kernel-regex', 'kns=mmdcn']
         pytest = python(
             '-m', 'pytest', '-vv', '--durations=3', '-p', 'no:cacheprovider', '--tb=short', '-k', expression
         )
         tests = ('tests/test_deform_conv2d.py', 'tests/test_deform_roi_pool.py')
-        # Memory that torch keeps for later looks allocated and initialised to the tools.
+        # The tools see memory in torch's cache as allocated and initialised, so caching is switched off.
         env = {'PYTORCH_NO_CUDA_MEMORY_CACHING': '1', 'OMP_NUM_THREADS': '1'}
         steps.append(Step(tool, [program, *options, *pytest, *tests], limit, env, work, uninteresting))
     return steps
 
 
 def read_sanitizer(step: Step, log: Path) -> None:
-    """Tell errors in mmdcn's kernels, which fail the step, from those in others, which torch answers for."""
+    """Count the sanitizer's errors; those in mmdcn's kernels fail the step, those in torch's kernels do not."""
     if not log.is_file():
         return
     ours, others = sanitizer_errors(log.read_text(errors='replace'))
@@ -287,7 +288,7 @@ def read_sanitizer(step: Step, log: Path) -> None:
 
 
 def sanitizer_errors(log: str) -> tuple[list[str], list[str]]:
-    """Return the reports of compute-sanitizer's log that name a kernel of mmdcn, and the others, each in one line."""
+    """Return the reports in compute-sanitizer's log that name a kernel of mmdcn, and the others, one line each."""
     ours, others = [], []
     for block in re.split(r'^=========\s*$', log, flags=re.MULTILINE):
         lines = [line.removeprefix('=========').strip() for line in block.splitlines()]
@@ -301,13 +302,13 @@ def sanitizer_errors(log: str) -> tuple[list[str], list[str]]:
 
 
 def deformops_steps(limit: float) -> list[Step]:
-    """Compile deformops' kernels beside the tests: a minute that the GPU need not wait for."""
+    """Compile deformops' kernels while the tests run, so that the benchmark does not spend a minute on it."""
     command = python(BENCHMARKS / 'check_deformops.py')
     return [Step(f'deformops {stage}', [*command, str(i)], limit) for i, stage in enumerate(('c3', 'c4', 'c5'))]
 
 
 def bench(check: Check, operator: str, groups: list[str], limit: float) -> None:
-    """Measure the groups in one process, and go on behind a group that ends it."""
+    """Measure the groups in one process; if a group ends it, continue with the next group in a new process."""
     end = time.monotonic() + limit
     while groups and end - time.monotonic() > 3:
         name = f'bench {operator} {" ".join(groups)}'
@@ -320,23 +321,23 @@ def bench(check: Check, operator: str, groups: list[str], limit: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS, help='what to do')
+    parser.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS, help='the steps to run')
     parser.add_argument(
-        '--site', type=Path, help='folder with mmdcn, its CUDA library included; none: the wheel in dist'
+        '--site', type=Path, help='folder with mmdcn and its CUDA library; by default the wheel in dist'
     )
     parser.add_argument('--peers', type=Path, help='folder with the wheel of deformops, or with the package')
-    parser.add_argument('--limit', type=float, default=300, help='seconds for everything')
-    parser.add_argument('--work', type=Path, default=Path('build/gpu-check'), help='folder for what is not kept')
+    parser.add_argument('--limit', type=float, default=300, help='time limit for the whole check in seconds')
+    parser.add_argument('--work', type=Path, default=Path('build/gpu-check'), help='folder for temporary files')
     parser.add_argument('--out', type=Path, default=Path('build/gpu-check-results'), help='folder for the results')
-    parser.add_argument('--commit', default=commit(), help='what is checked, for the page')
+    parser.add_argument('--commit', default=commit(), help='the commit that the page names')
     parser.add_argument(
         '--sanitize',
         default='cuda and test_output_and_every_gradient and (float32 or bfloat16) and '
         '(everything or several or fused)',
-        help='tests for the sanitizers, as of pytest -k',
+        help='tests for the sanitizers, an expression for pytest -k',
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))  # the steps with it, see Check.run
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))  # also ends the steps, see Check.run
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
     check = Check(args, find_site(args.site, args.work.resolve()))
@@ -351,12 +352,12 @@ def main() -> None:
     with_deformops = 'bench' in args.steps and bool(check.peers)
     peers = deformops_steps(110) if with_deformops else []
     if 'bench' in args.steps and not peers:
-        say(f'deformops: not measured, for there is no folder {args.peers}')
+        say(f'deformops is not measured: there is no folder {args.peers}')
     check.run(*side_by_side, *sanitizers, *peers)
     for step in sanitizers:
         read_sanitizer(step, check.work / f'{step.name}.log')
     for tuned in check.triton_cache.rglob('*.autotune.json'):
-        tuned.unlink()  # timed among other processes; the compiled kernels stay
+        tuned.unlink()  # tuned while other processes ran; the compiled kernels are kept
 
     if 'bench' in args.steps:
         bench(check, 'deform_conv2d', ['bf16', 'fp16', 'batch-1', 'stages'], 80)
@@ -376,7 +377,7 @@ def main() -> None:
 
 
 def without_folders(line: str) -> str:
-    """Leave out where things lie on the machine that is checked, for what is committed."""
+    """Replace absolute folders by …, because the results are committed."""
     return re.sub(r'(?<![\w.])/(?:[\w.+-]+/)+', '…/', line)
 
 

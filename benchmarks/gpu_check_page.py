@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print what `make gpu-check` found as one page: goals, steps, failures, tables."""
+"""Print the results of `make gpu-check` as one page: goals, steps, failures, tables."""
 
 import argparse
 import json
@@ -16,12 +16,12 @@ Record = dict[str, Any]
 BASELINES = {'deform_conv2d': 'conv2d', 'deform_roi_pool': 'roi_align', 'resnet': 'plain'}
 FORWARD, TRAINING = 'forward', 'forward + backward'
 CONV, MMDCN, PEER = 'conv2d channels_last', 'mmdcn channels_last', 'torchvision'
-FAILURES = 25  # shown of each step
+FAILURES = 25  # maximum number of failures shown for each step
 
 
 @dataclass
 class Goal:
-    """A figure of each case, and the bound that their geometric mean must keep, or each of them."""
+    """A figure for each case, and a bound for their geometric mean, or for each of them."""
 
     text: str
     figures: Callable[[dict[str, Results]], list[float]]
@@ -52,7 +52,7 @@ def ratios(group: str, mode: str, above: str, below: str) -> Callable[[dict[str,
 
 
 def memory(candidate: str) -> Callable[[dict[str, Results]], list[float]]:
-    """Return the MiB of a candidate's forward at c3 in fp16, beside inputs and output."""
+    """Return the peak MiB of a candidate's forward at c3 in fp16, without inputs and output."""
 
     def figures(groups: dict[str, Results]) -> list[float]:
         rows = groups.get('deform_conv2d-fp16', {}).get(FORWARD, {})
@@ -103,7 +103,7 @@ GOALS = (
 
 
 def loaded(record: Record) -> dict[str, Results]:
-    """Return the groups of a record by operator and group, whatever the device and its threads."""
+    """Return the results of a record by operator and group, without device and threads in the names."""
     return {stem.partition('-cuda')[0]: load(group) for stem, group in record['groups'].items()}
 
 
@@ -122,7 +122,7 @@ def summary(record: Record) -> str:
         facts(record),
         '## Goals\n',
         goals_table(record),
-        '\nOver several shapes the geometric mean counts, before the figures of each.\n',
+        '\nFor several shapes the geometric mean must meet the goal; the figures of the shapes follow it.\n',
     ]
     if record['steps']:
         parts += ['## Steps\n', steps_table(record['steps']), '', *filter(None, map(failures, record['steps']))]
@@ -135,7 +135,7 @@ def goals_table(record: Record) -> str:
 
 
 def facts(record: Record) -> str:
-    """Return the machine, from the first group that names it."""
+    """Return a table of the machine, from the first group that has one."""
     for group in record['groups'].values():
         known = {key: value for key, value in group['machine'].items() if value != 'not installed' and key != 'clock'}
         return tabulate(known.items(), headers=['', ''], tablefmt='github') + '\n'
@@ -165,7 +165,7 @@ def failures(step: dict[str, Any]) -> str:
 
 
 def combined_charts(record: Record, folder: Path) -> None:
-    """Draw one picture for each operator, with a row of plots for each group."""
+    """Draw one chart for each operator, with a row of plots for each group."""
     groups = loaded(record)
     for operator, baseline in BASELINES.items():
         mine = {stem.removeprefix(f'{operator}-'): group for stem, group in groups.items() if stem.startswith(operator)}

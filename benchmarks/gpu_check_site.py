@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where gpu_check.py finds mmdcn and its peers."""
+"""Find mmdcn and its peers for gpu_check.py."""
 
 import zipfile
 from pathlib import Path
@@ -15,19 +15,19 @@ def unpack(wheel: Path, folder: Path) -> Path:
 
 
 def find_site(site: Path | None, work: Path) -> Path:
-    """Find the folder with mmdcn: the one that is named, or what is in the wheel that `make wheel` left in dist."""
+    """Return the folder with mmdcn: `site`, or if it is None, the unpacked wheel that `make wheel` has left in dist."""
     if site is not None:
         if not list(site.glob('mmdcn/_C_cuda*.so')):
-            raise SystemExit(f'--site {site} must hold mmdcn/_C_cuda.abi3.so, the CUDA library; it does not')
+            raise SystemExit(f'--site {site} must hold mmdcn/_C_cuda.abi3.so, the CUDA library, but does not')
         return site.resolve()
     wheels = list((ROOT / 'dist').glob('mmdcn-*.whl'))
     if len(wheels) != 1:
-        raise SystemExit(f'dist must hold one wheel of mmdcn, it holds {len(wheels)}: run `make wheel`, or name --site')
+        raise SystemExit(f'dist must hold one wheel of mmdcn, got {len(wheels)}: run `make wheel`, or pass --site')
     return unpack(wheels[0], work / 'site')
 
 
 def unpack_peers(folder: Path | None, target: Path) -> list[Path]:
-    """Unpack the wheels of a folder, and return where the packages are; a folder without wheels holds packages."""
+    """Unpack the wheels of a folder, and return the folder of the packages: the folder itself if it has no wheels."""
     if folder is None or not folder.is_dir():
         return []
     wheels = sorted(folder.glob('*.whl'))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print what each CUDA kernel costs: registers, spills, shared memory, resident blocks, instructions of its inner loop.
+"""Print the cost of each CUDA kernel: registers, spills, shared memory, resident blocks, inner-loop instructions.
 
-It needs no GPU, but cuobjdump and nvdisasm: those of a CUDA toolkit, or the packages nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm. Instructions are counted as they stand in the loop, on whichever side of a branch.
+This needs no GPU, but cuobjdump and nvdisasm from a CUDA toolkit or from the packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm. Every instruction in the loop is counted once, on both sides of a branch.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tabulate import tabulate
 
 LIBRARY = Path(__file__).parents[1] / 'mmdcn/_C_cuda.abi3.so'
 VECTOR_BYTES = 16
-# Of a multiprocessor: KiB of shared memory, threads, blocks (CUDA C++ Programming Guide, compute capabilities).
+# Limits of a multiprocessor: KiB of shared memory, threads, blocks (CUDA C++ Programming Guide, compute capabilities).
 LIMITS = {
     '75': (64, 1024, 16),
     '80': (164, 2048, 32),
@@ -35,9 +35,9 @@ LIMITS = {
     '120': (100, 1536, 24),
     '121': (100, 1536, 24),
 }
-REGISTERS = 65536  # of a multiprocessor
-SYSTEM_SHARED = 1024  # bytes of a block that the system takes; from sm_90 on a binary counts them too
-LAUNCH_SHARED = {  # bytes that a launch asks for: Form::shared_bytes of nine taps, by kernel
+REGISTERS = 65536  # per multiprocessor
+SYSTEM_SHARED = 1024  # bytes that the system reserves per block; binaries for sm_90 and later include them
+LAUNCH_SHARED = {  # dynamic shared memory in bytes by kernel: Form::shared_bytes for nine taps
     r'\bMma<.*, 128, 256, 64, 64, 2, 1>': 135168,
     r'\bMma<.*, 64, 128, 32, 64, 3, 2>': 83968,
     r'\bMma<.*, 64, 64, 32, 32, 3, 3>': 59392,
@@ -45,7 +45,7 @@ LAUNCH_SHARED = {  # bytes that a launch asks for: Form::shared_bytes of nine ta
     r'\bWgmma<.*, 2, 256, 3, 1>': 135728,
     r'\bWgmma<.*, 3, 128, 5, 1>': 138064,
 }
-CLASSES = {  # the first that matches
+CLASSES = {  # the first match counts
     'control': r'BRA|BRX|JMP|EXIT|BSSY|BSYNC|BREAK|BAR|WARPSYNC|CALL|RET|NOP|DEPBAR|LDGDEPBAR|YIELD|NANOSLEEP|WARPGROUP'
     r'|ERRBAR|MEMBAR|FENCE|ELECT|VOTE|ACQBULK|UCGABAR',
     'conversion': r'U?F2|U?I2F|FRND|I2IP?\b|HADD2\.(BF16_V2\.)?F32',
@@ -66,18 +66,18 @@ class Instruction:
     """A line of the disassembly."""
 
     address: int
-    guard: str | None  # the predicate under which it runs
-    name: str  # with its modifiers: LDG.E.128
+    guard: str | None  # the predicate that guards it
+    name: str  # with modifiers, such as LDG.E.128
     operands: str
 
     @property
     def kind(self) -> str:
-        """The class of CLASSES; whole numbers, moves and bits are all else."""
+        """The class in CLASSES; 'integer' for all others: integer arithmetic, register moves and bit operations."""
         return next((kind for kind, names in CLASSES.items() if re.match(names, self.name)), 'integer')
 
     @property
     def width(self) -> str:
-        """The operation, and its bits where it names a register's worth: LDG.128."""
+        """The operation, with its width in bits if it accesses memory: LDG.128."""
         operation, *modifiers = self.name.split('.')
         if not re.match(r'(LD|ST|ATOM|RED)(?!SM|GDEPBAR|UX)', operation):
             return operation
@@ -87,37 +87,37 @@ class Instruction:
 
     @property
     def loaded_bytes(self) -> int:
-        """How much of the device's memory it reads in each thread."""
+        """The bytes of device memory that it reads per thread."""
         operation, _, bits = self.width.partition('.')
         return int(bits) // 8 if operation in ('LDG', 'LD', 'LDGSTS') else 0
 
     @property
     def target(self) -> int | None:
-        """Where it branches to."""
+        """The address that it branches to."""
         found = re.search(r'(?:^|[ ,(])0x([0-9a-f]+)\)?\s*$', self.operands) if self.name.startswith('BRA') else None
         return int(found[1], 16) if found else None
 
     @property
     def ends_path(self) -> bool:
-        """Whether the next instruction never follows it."""
+        """Whether execution never continues with the next instruction."""
         bare = self.guard is None and ',' not in self.operands
         return bare and (self.name == 'BRA' or self.name.split('.')[0] in ('EXIT', 'RET', 'BRX', 'JMP'))
 
 
 @dataclass
 class Kernel:
-    """What the assembler gave a kernel, and the loop in which it spends its time."""
+    """The resources of a kernel, and the instructions of its inner loop."""
 
     name: str
     architecture: str
     registers: int
-    shared_bytes: int  # without what is asked for at the launch
-    threads: int  # of a block, at most
-    blocks: int  # resident on a multiprocessor
-    spills: int  # instructions that move a register to memory, or back
-    vectors: float  # 16-byte vectors that a thread loads in one pass of the inner loop; 0: no loop loads
-    classes: dict[str, int] = field(default_factory=dict)  # instructions of the loop
-    widths: dict[str, int] = field(default_factory=dict)  # those of them for memory
+    shared_bytes: int  # static and dynamic
+    threads: int  # maximum per block
+    blocks: int  # resident per multiprocessor
+    spills: int  # instructions that store or load a spilled register
+    vectors: float  # 16-byte vectors that a thread loads per iteration of the inner loop; 0 if it loads none
+    classes: dict[str, int] = field(default_factory=dict)  # instructions of the loop by class
+    widths: dict[str, int] = field(default_factory=dict)  # memory instructions of the loop by width
 
     @property
     def per_vector(self) -> float:
@@ -125,7 +125,7 @@ class Kernel:
 
 
 def natural_loops(code: list[Instruction]) -> list[set[int]]:
-    """Return the indices of the instructions of each loop: what reaches a branch back without its head."""
+    """Return the instruction indices of each natural loop: all that reach the back edge without passing the head."""
     graph = networkx.DiGraph()
     index = {instruction.address: i for i, instruction in enumerate(code)}
     graph.add_nodes_from(range(len(code)))
@@ -146,14 +146,14 @@ def natural_loops(code: list[Instruction]) -> list[set[int]]:
 
 
 def dominates(head: int, node: int | None, dominators: dict[int, int | None]) -> bool:
-    """Whether every path to the node leads through the head."""
+    """Return whether every path to the node passes through the head."""
     while node is not None and node > 0 and node != head:
         node = dominators.get(node)
     return node == head
 
 
 def inner_loop(code: list[Instruction]) -> list[Instruction]:
-    """Return the innermost loop that loads the most, whole vectors first; the whole kernel if no loop loads."""
+    """Return the innermost loop that loads the most bytes, in whole vectors first; the kernel if no loop loads."""
 
     def loaded(loop: set[int]) -> tuple[int, int]:
         sizes = [code[i].loaded_bytes for i in loop]
@@ -166,11 +166,11 @@ def inner_loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def blocks_per_multiprocessor(architecture: str, registers: int, shared_bytes: int, threads: int) -> int:
-    """Count the blocks that fit at once, as the CUDA occupancy calculator does."""
+    """Count the blocks that fit on a multiprocessor, as the CUDA occupancy calculator does."""
     shared_kib, most_threads, most_blocks = LIMITS[re.sub(r'\D', '', architecture)]
     warps = -(-threads // 32)
     registers_of_warp = -(-registers * 32 // 256) * 256
-    by_registers = REGISTERS // 4 // registers_of_warp * 4 // warps  # each quarter holds whole warps
+    by_registers = REGISTERS // 4 // registers_of_warp * 4 // warps  # allocated per quarter, in whole warps
     shared = -(-(shared_bytes + SYSTEM_SHARED) // 128) * 128
     by_shared = shared_kib * 1024 // shared if shared else most_blocks
     return min(most_blocks, most_threads // (warps * 32), by_registers, by_shared)
@@ -211,7 +211,7 @@ def parse_resources(listing: str) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def parse_threads(listing: str) -> dict[tuple[str, str], int]:
-    """Return the most threads of a block by architecture and function, where the source bounds them."""
+    """Return the maximum threads per block by architecture and function, for functions with launch bounds."""
     found, architecture, name, bound = {}, '', '', False
     for line in listing.splitlines():
         if match := ARCHITECTURE.search(line):
@@ -252,7 +252,7 @@ def demangled(names: list[str]) -> dict[str, str]:
 
 
 def short(name: str) -> str:
-    """Leave out what all kernels share: the return type, the arguments, the launcher, namespaces, types of numbers."""
+    """Remove what all kernels share: return type, arguments, launcher, namespaces and types of integer parameters."""
     name = re.sub(r'\((?:anonymous namespace)\)::|mmdcn::|c10::|^void ', '', name)
     name = re.sub(r'\((?:unsigned )?(?:int|long|bool)\)', '', name)
     name = re.sub(r'\([^()]*\)$', '', name)
@@ -268,7 +268,7 @@ def kernels(binary: Path, pattern: str, dynamic: dict[str, int]) -> list[Kernel]
     for architecture, name, code in listed:
         if not re.search(pattern, names[name]):
             continue
-        registers, shared = resources.get((architecture, name)) or resources['', name]  # a cubin has no heading
+        registers, shared = resources.get((architecture, name)) or resources['', name]  # a cubin names none
         if int(re.sub(r'\D', '', architecture)) >= 90:
             shared = max(shared - SYSTEM_SHARED, 0)
         shared += next((size for key, size in dynamic.items() if re.search(key, names[name])), 0)
@@ -318,7 +318,7 @@ def tables(found: dict[str, list[Kernel]]) -> str:
 
 
 def store(found: dict[str, list[Kernel]], folder: Path) -> None:
-    """Write kernels-ARCHITECTURE.md and .json; that of sm_90 has the kernels of sm_90a too."""
+    """Write kernels-ARCHITECTURE.md and .json; the files for sm_90 also contain the kernels for sm_90a."""
     by_architecture: dict[str, dict[str, list[Kernel]]] = {}
     for binary, rows in found.items():
         for kernel in rows:
@@ -334,15 +334,15 @@ def store(found: dict[str, list[Kernel]], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument(
-        'binary', type=Path, nargs='*', default=[LIBRARY], help='libraries or cubins; none: what is built'
+        'binary', type=Path, nargs='*', default=[LIBRARY], help='libraries or cubins; by default the built CUDA library'
     )
-    parser.add_argument('--kernels', default='', help='regular expression of names to show')
+    parser.add_argument('--kernels', default='', help='regular expression for the names of the kernels to show')
     parser.add_argument(
         '--dynamic',
         nargs='+',
         default=[],
         metavar='REGEX=BYTES',
-        help="shared memory that launches of the kernels of that name ask for; the library's, with nine taps, is known",
+        help="dynamic shared memory of kernels with matching names; that of mmdcn's kernels for nine taps is built in",
     )
     parser.add_argument('--out', type=Path, help='folder for kernels-ARCHITECTURE.md and .json')
     args = parser.parse_args()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and peak memory of candidates, in turn and in one process, so that their ratios mean something."""
+"""Measure time and peak memory of candidates in turn, in one process, so that their ratios are meaningful."""
 
 import ctypes
 import gc
@@ -22,11 +22,11 @@ import torch
 
 Call = Callable[[], object]
 Build = Callable[[], Call]
-# Idle threads of ONNX Runtime and OpenMP look for work for a while, and so take a core from the next candidate.
+# Idle threads of ONNX Runtime and OpenMP spin for a while, and would take a core from the next candidate.
 SETTLE_SECONDS = 0.2
-LONG_SECONDS = 0.5  # against which it does not matter that threads wake up
-LEAST_SECONDS = 0.005  # of one timing on a CPU, which repeats shorter calls: the first after a pause is slow
-WAITING = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')  # what decides how the threads of OpenMP wait for each other
+LONG_SECONDS = 0.5  # calls of this duration need no wake-up call before each timing
+LEAST_SECONDS = 0.005  # of one timing on a CPU; shorter calls are repeated: the first after a pause is slow
+WAITING = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')  # environment variables that control how OpenMP's threads wait
 BUSY_LOOP = 'import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))'
 
 
@@ -35,7 +35,7 @@ class Measurement:
     """The times of one candidate on one input."""
 
     seconds: list[float]
-    peak_bytes: int | None  # beyond the tensors given and returned; None where it cannot be told
+    peak_bytes: int | None  # without the given and returned tensors; None if it cannot be measured
 
     @property
     def median(self) -> float:
@@ -43,7 +43,7 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        """Half the range between the quartiles, as a share of the median."""
+        """Half the interquartile range, divided by the median."""
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
 
@@ -51,9 +51,9 @@ class Measurement:
 def measure(
     candidates: dict[str, Call], device: str, repeats: int, memory: bool = True, wall: bool = False
 ) -> dict[str, Measurement]:
-    """Run each candidate once to warm up, then all of them in turn, `repeats` times over.
+    """Run each candidate once to warm up, then time all of them in turn, `repeats` times.
 
-    On a GPU its own clock is read, or with `wall` that of the host.
+    On a GPU, times are measured with CUDA events, or with `wall` by the clock of the host.
     """
     timer = time_events if device == 'cuda' and not wall else partial(time_once, device=device)
     warm_ups = {name: time_once(call, device) for name, call in candidates.items()}
@@ -65,7 +65,7 @@ def measure(
             if device == 'cpu':
                 time.sleep(SETTLE_SECONDS)
                 if warm_ups[name] < LONG_SECONDS:
-                    call()  # wakes its own threads, which then have a core each
+                    call()  # wakes the candidate's threads
                 count = math.ceil(LEAST_SECONDS / warm_ups[name])
             seconds[name].append(timer(repeated(call, count)) / count)
     return {name: Measurement(seconds[name], peaks[name]) for name in candidates}
@@ -75,12 +75,12 @@ def compiled_mmcv_ops() -> ModuleType:
     """Return `mmcv.ops`.
 
     Raises:
-        ImportError: If it runs on mmdcn's operators: then mmdcn would be compared with itself.
+        ImportError: If mmcv runs on mmdcn's operators, so that mmdcn would be compared with itself.
     """
     from mmcv import _ext, ops
 
     if _ext.__file__.endswith('.py'):
-        raise ImportError('mmcv is installed without operators of its own; `make bench` compiles them')
+        raise ImportError('mmcv is installed without its own operators; `make bench` compiles them')
     return ops
 
 
@@ -94,7 +94,7 @@ def repeated(call: Call, count: int) -> Call:
 
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """Keep that many cores busy meanwhile, as other programs do."""
+    """Keep this number of cores busy inside the context, as other programs would."""
     loops = [subprocess.Popen([sys.executable, '-c', BUSY_LOOP]) for _ in range(count)]
     try:
         yield
@@ -113,7 +113,7 @@ def time_once(call: Call, device: str) -> float:
 
 
 def time_events(call: Call) -> float:
-    """Measure from when an idle GPU could begin until it is done: where it waits for the host, that counts."""
+    """Measure the time on an idle GPU with CUDA events; it includes the time in which the GPU waits for the host."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -129,7 +129,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(call: Call, device: str) -> int | None:
-    """Measure the most memory in use during a call, beyond what was in use before and the tensors that it returns."""
+    """Measure the peak memory of a call, without the memory in use before it and the tensors that it returns."""
     gc.collect()
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
@@ -140,7 +140,7 @@ def peak_memory(call: Call, device: str) -> int | None:
     if not reset.exists():
         return None
     _return_free_memory()
-    reset.write_text('5')  # sets the peak of the resident memory to its present size
+    reset.write_text('5')  # resets the peak of the resident memory to its current size
     before = _status('VmRSS')
     returned = call()
     return max(0, _status('VmHWM') - before - _bytes(returned))
@@ -152,7 +152,7 @@ def _bytes(returned: object) -> int:
 
 
 def _return_free_memory() -> None:
-    """Have glibc give back what was freed, which would otherwise be used again unseen."""
+    """Make glibc return freed memory to the system; a call that reuses it would not raise the resident size."""
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim is not None:
         trim(0)
@@ -166,7 +166,7 @@ def _status(key: str) -> int:
 
 
 def machine(device: str, packages: tuple[str, ...]) -> dict[str, str]:
-    """Describe what the figures were measured on."""
+    """Describe the machine and the versions of the packages."""
     facts = {
         'processor': _processor(),
         'instructions': torch.backends.cpu.get_cpu_capability(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what a deformable convolution needs beside its inputs and results, for images and batches of any size."""
+"""Measure the memory of a deformable convolution beside inputs and results, for several image and batch sizes."""
 
 import ctypes
 from dataclasses import replace
@@ -32,7 +32,7 @@ def peak_mebibytes(call: Call) -> str:
 
 def main() -> None:
     m_mmap_threshold = -3
-    # Makes glibc return freed memory at once, so that the peak is that of memory in use.
+    # Makes glibc return freed memory at once, so that the peak contains only memory in use.
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
     rows = []
     for case in tqdm(CASES, unit='case'):

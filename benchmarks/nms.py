@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Non-maximum suppression, against mmcv's and torchvision's."""
+"""Benchmark cases of non-maximum suppression, and the implementations of mmdcn, mmcv and torchvision."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ WALL_GROUPS = ()
 
 @dataclass(frozen=True)
 class Case:
-    """Boxes around some objects, in an image of 800 x 1344 pixels."""
+    """A number of boxes around a number of objects, in an image of 800 x 1344 pixels."""
 
     name: str
     count: int
@@ -56,7 +56,7 @@ def torchvision_nms(boxes: Tensor, scores: Tensor) -> Tensor:
 
 
 def forward_candidates(case: Case, device: str) -> dict[str, Build]:
-    """Return what builds each candidate's call."""
+    """Return, for each candidate, the function that builds its forward call."""
     arguments = draw(case, device)
     functions = {'nms of mmcv': mmcv_nms, 'nms of torchvision': torchvision_nms, 'mmdcn': mmdcn_nms}
     return {name: partial(partial, function, *arguments) for name, function in functions.items()}

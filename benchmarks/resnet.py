@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time a training step of ResNet-50 with DCNv2 in c3-c5: on mmdcn, on torchvision, and with plain convolutions.
 
-Automatic mixed precision, channels_last, forward and backward of the features: what a detector's backbone does.
+The step is the forward and backward pass of the backbone, with automatic mixed precision and in channels_last.
 """
 
 import argparse
@@ -22,7 +22,7 @@ LOW = {'cuda': torch.float16, 'cpu': torch.bfloat16}
 
 
 class DeformConv2dPack(nn.Module):
-    """A 3x3 DCNv2 convolution with the initial offsets and masks: zeros and halves."""
+    """A 3x3 DCNv2 layer with initial offsets of 0 and masks of 0.5."""
 
     def __init__(self, conv: nn.Conv2d, operator: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class DeformConv2dPack(nn.Module):
         nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve [B, C, H, W] in the type that autocast gives the offsets."""
+        """Convolve [B, C, H, W]; for torchvision, all tensors get the dtype that autocast gives the offsets."""
         offset, mask = self.conv_offset(x).split([18, 9], 1)
         mask = mask.sigmoid()
         if self.operator == 'mmdcn':
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--size', type=int, nargs=2, default=(800, 1344), help='height and width in pixels')
-    parser.add_argument('--repeats', type=int, default=7, help='how often each model is timed')
+    parser.add_argument('--repeats', type=int, default=7, help='the number of timings of each model')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'), help='folder for results')
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare an operator with everything else that computes it: python benchmarks/run.py deform_conv2d."""
+"""Compare an operator with other implementations, such as: python benchmarks/run.py deform_conv2d."""
 
 import argparse
 import gc
@@ -28,26 +28,26 @@ Results = dict[str, dict[str, Row]]  # by mode and case
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool', 'nms'], help='what to measure')
-    parser.add_argument('--cases', nargs='+', default=[], help='groups of shapes, or "all"; none: the first group')
-    parser.add_argument('--candidates', nargs='+', metavar='NAME', help='measure only those whose names begin so')
+    parser.add_argument('operator', choices=['deform_conv2d', 'deform_roi_pool', 'nms'], help='the operator to measure')
+    parser.add_argument('--cases', nargs='+', default=[], help='groups of shapes, or "all"; by default the first group')
+    parser.add_argument('--candidates', nargs='+', metavar='NAME', help='measure only names that begin with these')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='on the CPU')
-    parser.add_argument('--repeats', type=int, default=7, help='how often each candidate is timed')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='the number of CPU threads')
+    parser.add_argument('--repeats', type=int, default=7, help='the number of timings of each candidate')
     parser.add_argument('--out', type=Path, default=Path('benchmarks/results'), help='folder for results')
     parser.add_argument('--stored', type=Path, nargs='+', help='print and plot these results, and measure nothing')
     return parser.parse_args()
 
 
 def usable(candidates: dict[str, Callable[[], Call]], skipped: dict[str, str]) -> dict[str, Call]:
-    """Build and try each candidate once, and note why one cannot run."""
+    """Build and run each candidate once, and record the reason if it cannot run."""
     calls = {}
     for name, build in candidates.items():
         try:
             calls[name] = build()
             calls[name]()
             if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # where a kernel's error would come up
+                torch.cuda.synchronize()  # reports errors of the kernels here
         except (ImportError, NotImplementedError, RuntimeError) as error:
             calls.pop(name, None)
             skipped.setdefault(name, f'{type(error).__name__}: {error}'.splitlines()[0][:200])
@@ -55,12 +55,12 @@ def usable(candidates: dict[str, Callable[[], Call]], skipped: dict[str, str]) -
 
 
 def base_of(row: Row, baseline: str) -> float:
-    """Return the better of the baseline's layouts."""
+    """Return the median time of the baseline in its faster layout."""
     return min((m.median for name, m in row.items() if name.startswith(baseline)), default=math.nan)
 
 
 def table(rows: dict[str, Row], baseline: str) -> str:
-    """Return ratios to the better of the baseline's layouts, geometric means last, and milliseconds."""
+    """Format the times relative to the faster layout of the baseline, with their geometric means in the last row."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = []
     ratios: dict[str, list[float]] = {name: [] for name in names}
@@ -84,7 +84,7 @@ def table(rows: dict[str, Row], baseline: str) -> str:
 
 
 def memory_table(rows: dict[str, Row]) -> str:
-    """Return peaks in MiB; nothing where none is known."""
+    """Format the peaks in MiB; an empty string if there are none."""
     names = list(dict.fromkeys(name for row in rows.values() for name, m in row.items() if m.peak_bytes is not None))
     if not names:
         return ''
@@ -98,7 +98,7 @@ def memory_table(rows: dict[str, Row]) -> str:
 
 
 def report(results: Results, title: str, baseline: str) -> str:
-    """Return both tables of each mode that has results."""
+    """Format both tables of each mode that has results."""
     parts = []
     for mode, rows in results.items():
         if rows:
@@ -107,7 +107,7 @@ def report(results: Results, title: str, baseline: str) -> str:
 
 
 def chart(groups: dict[str, Results], baseline: str, title: str, path: Path) -> None:
-    """Draw a row of plots for each group of cases, a column for each mode."""
+    """Draw a row of plots for each group of cases, and a column for each mode."""
     columns = max(len(results) for results in groups.values())
     size = (7 * columns, 4.5 * len(groups))
     figure, grid = plt.subplots(len(groups), columns, figsize=size, squeeze=False)
@@ -137,7 +137,7 @@ def bars(ax: plt.Axes, rows: dict[str, Row], baseline: str) -> None:
 
 
 def load(record: dict[str, Any]) -> Results:
-    """Return the measurements of what `write` wrote."""
+    """Return the measurements from a file of `write`."""
     return {
         mode: {case: {name: Measurement(**m) for name, m in row.items()} for case, row in rows.items()}
         for mode, rows in record['results'].items()
@@ -145,7 +145,7 @@ def load(record: dict[str, Any]) -> Results:
 
 
 def write(facts: dict[str, str], results: Results, skipped: dict[str, str], path: Path) -> None:
-    """Replace the file at once, so that who is stopped leaves the last whole one."""
+    """Replace the file atomically, so that an interrupted run leaves the last complete one."""
     stored = {
         mode: {case: {name: vars(m) for name, m in row.items()} for case, row in rows.items()}
         for mode, rows in results.items()
@@ -158,7 +158,7 @@ def write(facts: dict[str, str], results: Results, skipped: dict[str, str], path
 def measure_group(
     operator: ModuleType, group: str, args: argparse.Namespace, facts: dict[str, str], path: Path
 ) -> dict[str, str]:
-    """Measure every mode and case of a group into a file; return who could not run, and why."""
+    """Measure every mode and case of a group, write the file, and return the skipped candidates with the reasons."""
     modes = {'forward': operator.forward_candidates}
     if hasattr(operator, 'training_candidates'):
         modes['forward + backward'] = operator.training_candidates
@@ -190,10 +190,10 @@ def main() -> None:
         chart({path.stem: results}, operator.BASELINE, args.operator, args.out / f'{path.stem}.png')
     if args.stored:
         return
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # else cuBLAS has no deterministic sums
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS needs this for deterministic sums
     torch.set_num_threads(args.threads)
-    gc.freeze()  # what is imported need not be searched before each peak of memory
-    torch.backends.cudnn.benchmark = True  # the plain convolution as its users have it
+    gc.freeze()  # so that gc.collect before each memory measurement skips imported objects
+    torch.backends.cudnn.benchmark = True  # as users run plain convolutions
     cases = operator.CASES[args.device]
     groups = list(cases) if args.cases == ['all'] else args.cases or list(cases)[:1]
     facts = machine(args.device, operator.PACKAGES)

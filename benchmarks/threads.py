@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure how much quicker a deformable convolution is on all cores than on one."""
+"""Measure how much faster a deformable convolution is with all threads than with one."""
 
 import torch
 from deform_conv2d import STAGES, Call, conv2d, make_inputs, mmdcn_deform_conv2d, training_call

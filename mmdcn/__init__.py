@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution for MMDetection.
 
-`mmdcn.ops`, `mmdcn.nn` and `mmdcn.reference` need torch alone. Whatever speaks OpenMMLab is imported when it is first
-used: by name (`mmdcn.DCNv2`, `mmdcn.modules`, `mmdcn.patch_mmdet`), or by a config that says `type='mmdcn.DCNv2'`.
+`mmdcn.ops`, `mmdcn.nn` and `mmdcn.reference` need torch alone. Whatever needs OpenMMLab is imported when it is first
+used: by name (`mmdcn.DCNv2`, `mmdcn.modules`, `mmdcn.patch_mmdet`), or by a config with `type='mmdcn.DCNv2'`.
 
 `__all__` is the public surface. A name with an underscore, or a module that is not listed, may change at any time.
 """
@@ -100,7 +100,7 @@ __all__ = [
     'zoo',
 ]
 
-# Where the names lie that are imported when they are first used; the others are modules of this package.
+# The modules of the names that are imported when they are first used; all other names are modules of this package.
 _HOMES = {
     'AmpOptimWrapper': 'mmdcn.engine',
     'DCNOptimWrapperConstructor': 'mmdcn.engine',
@@ -123,8 +123,8 @@ _MODULES = {'layouts': 'mmdcn.checkpoints.layouts', 'zoo': 'mmdcn.checkpoints.zo
 with suppress(ImportError):  # mmengine is optional
     from mmengine.config.utils import MODULE2PACKAGE
 
-    # Lets mmengine find `mmdcn::…`. It takes the folder of what is named here; that of the package `mmdcn` itself
-    # mmengine 0.10.7 gets wrong for an editable install.
+    # Lets mmengine find `mmdcn::…` in the folder of the module that is named here. For an editable install, mmengine
+    # 0.10.7 would get the folder of the package `mmdcn` itself wrong.
     MODULE2PACKAGE['mmdcn'] = 'mmdcn.version'
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled core: the CPU library for this processor, and the CUDA library for a CUDA build of torch."""
+"""Loading the compiled core: the CPU library for this processor, and the CUDA library for a CUDA build of torch."""
 
 import ctypes
 from functools import cache
@@ -11,9 +11,9 @@ from mmdcn._private_hooks import has_avx2, has_avx512
 
 _X86_64_V3 = {'avx2', 'fma3', 'f16c', 'bmi', 'bmi2', 'lzcnt'}
 _X86_64_V4 = _X86_64_V3 | {'avx512_f', 'avx512_bw', 'avx512_cd', 'avx512_dq', 'avx512_vl'}
-# The widest first: what torch calls its instruction set, and what the library's code needs.
+# The widest first: torch's name of the instruction set, and the processor features that the library's code needs.
 _CPU_LIBRARIES = {'_C_avx512': ('AVX512', _X86_64_V4), '_C_avx2': ('AVX2', _X86_64_V3)}
-# The operators of oneDNN as csrc/cpu/linear.h calls them.
+# The schemas of oneDNN's operators as csrc/cpu/linear.h calls them.
 _ONEDNN = {
     '_linear_pointwise': '(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y',
     '_reorder_linear_weight': '(Tensor self, int? batch_size=None) -> Tensor Y',
@@ -22,21 +22,21 @@ _OLDEST_TORCH = (2, 10)
 _OLDEST_CAPABILITY = (8, 0)  # the first of CUDA_ARCHITECTURES in setup.py
 _BUILD = 'Build it with `pip install --no-build-isolation .` in a checkout of mmdcn'
 
-libraries: list[Path] = []  # that are loaded
-cuda_error: ImportError | None = None  # why the CUDA library is not
+libraries: list[Path] = []  # the loaded ones
+cuda_error: ImportError | None = None  # why the CUDA library is not loaded
 
 
 def load() -> None:
     """Load the libraries that define `torch.ops.mmdcn`.
 
-    A CUDA library that is missing or does not load is no error here: the CPU works without it, and `check_device`
-    tells who asks for more.
+    A CUDA library that is missing or does not load is not an error here: the CPU works without it, and `check_device`
+    raises the error when an operator runs on CUDA.
 
     Raises:
         ImportError: If torch is too old, or the CPU library is missing or does not load.
     """
     global cuda_error
-    # Of the version the numbers alone: a build on the way to 2.10, as vendors' images have, is 2.10.0a0+….
+    # Compare only the numbers: vendors' images have pre-releases of 2.10, such as 2.10.0a0+….
     if tuple(map(int, torch.__version__.split('.')[:2])) < _OLDEST_TORCH:
         oldest = '.'.join(map(str, _OLDEST_TORCH))
         raise ImportError(
@@ -53,18 +53,19 @@ def load() -> None:
 
 
 def _processor_features() -> set[str]:
-    """Return what the processor says that it has, in the names of torch.cpu.get_capabilities."""
+    """Return the features that the processor reports, by the names of torch.cpu.get_capabilities."""
     if hasattr(torch.cpu, 'get_capabilities'):
         return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
-    # An older torch has these two answers alone.
+    # An older torch reports only these two features.
     features = _X86_64_V3 if has_avx2() else set()
     return features | (_X86_64_V4 if has_avx512() else set())
 
 
 def _cpu_library() -> str:
-    """Choose the library of the widest instruction set that the processor has.
+    """Choose the library with the widest instruction set that the processor has.
 
-    ATEN_CPU_CAPABILITY turns torch down, and so the library; turned up, torch believes it, but the processor may not.
+    The environment variable ATEN_CPU_CAPABILITY can lower the instruction set of torch, and so of the library. If it
+    names one that the processor does not have, torch uses it anyway; the library does not.
     """
     capability, features = torch.backends.cpu.get_cpu_capability(), _processor_features()
     for name, (instruction_set, needed) in _CPU_LIBRARIES.items():
@@ -74,9 +75,9 @@ def _cpu_library() -> str:
 
 
 def knows_onednn() -> bool:
-    """Tell whether torch has the operators of oneDNN with the very arguments that the core gives them.
+    """Tell whether torch has oneDNN's operators with exactly the arguments that the core passes.
 
-    It may lack them, and a later one may give them more. The core then uses torch's plain product.
+    A build of torch may lack them, and a later version may add arguments. The core then uses torch's plain product.
     """
     return all(
         hasattr(torch.ops.mkldnn, name)
@@ -87,10 +88,10 @@ def knows_onednn() -> bool:
 
 @cache
 def check_device(device: torch.device) -> None:
-    """Check, once for each CUDA device, that the core has kernels for it.
+    """Check that the core has kernels for a CUDA device, once per device.
 
     Raises:
-        RuntimeError: If the CUDA library was not loaded, or the device is older than all that it was compiled for.
+        RuntimeError: If the CUDA library was not loaded, or the device is older than all of its architectures.
     """
     if cuda_error is not None:
         raise RuntimeError(
@@ -116,7 +117,7 @@ def _load_library(name: str) -> Path:
         torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
-            f'{path} does not load into torch {torch.__version__}: {error}. It may be of another system. {_BUILD}'
+            f'{path} does not load into torch {torch.__version__}: {error}. It may be for another system. {_BUILD}'
         ) from error
     libraries.append(path)
     return path

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that mmdcn uses of others and that is not public, because nothing public does it.
+"""All private names of other packages that mmdcn uses, because no public name does the same.
 
-`tests/test_private_hooks.py` fails on the day that one of them goes, with what breaks then. The operators of oneDNN,
-`torch.ops.mkldnn._…`, are not here: the core does without them (`mmdcn._extension`).
+If one of them disappears, `tests/test_private_hooks.py` fails and says what breaks. oneDNN's operators,
+`torch.ops.mkldnn._…`, are not here, because the core also works without them (`mmdcn._extension`).
 """
 
 import sys
@@ -17,57 +17,57 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
-# What is used, and what breaks without it.
+# The private names, and what breaks without them.
 HOOKS = {
-    'sys._getframe': 'zero offsets at first: Note [Offsets start at zero]',
+    'sys._getframe': 'offsets that start at zero: Note [Offsets start at zero]',
     'torch._C._are_functorch_transforms_active': (
-        'torch.func (grad, vmap, jacrev): nothing else tells that a transform is at work, which does not see through '
+        'torch.func (grad, vmap, jacrev): nothing else tells whether a transform is active; it does not see through '
         'an operator and needs the autograd function instead'
     ),
     'torch.autograd.forward_ad._current_level': (
-        'forward-mode derivatives: nothing else tells in time that there may be tangents, which an operator drops '
-        'without a word'
+        'forward-mode derivatives: nothing else tells in time that there may be tangents, which an operator silently '
+        'drops'
     ),
     'torch._C._AutoDispatchBelowAutograd': (
-        'the speed of small calls: without it the derivative that torch.library has registered adds some 0.3 ms of '
+        'the speed of small calls: without it, the derivative registered with torch.library adds about 0.3 ms of '
         'Python to each'
     ),
     'torch._C._FunctionBase.apply': (
         'the speed of small calls: Function.apply first binds the arguments to the signature, which takes longer than '
-        'all the rest'
+        'everything else'
     ),
-    'torch.utils._pytree.tree_leaves': 'SamplingRecorder for models that take their images within lists or dicts',
-    'torch.utils._pytree.tree_map': 'AmpOptimWrapper on a CPU, which changes tensors within lists',
-    'torch.utils._python_dispatch.TorchDispatchMode': 'the grids of feature maps, which follow each operator',
-    'torch._inductor.aoti_compile_and_package': 'export_aoti: torch documents it under this name alone',
-    'torch._inductor.aoti_load_package': 'mmdcn.deployment.load: torch documents it under this name alone',
-    'torch.cpu._is_avx2_supported': 'the choice of the CPU library where torch has no torch.cpu.get_capabilities',
-    'torch.cpu._is_avx512_supported': 'the choice of the CPU library where torch has no torch.cpu.get_capabilities',
+    'torch.utils._pytree.tree_leaves': 'SamplingRecorder for models that take their images in lists or dicts',
+    'torch.utils._pytree.tree_map': 'AmpOptimWrapper on a CPU, which casts tensors in lists',
+    'torch.utils._python_dispatch.TorchDispatchMode': 'the grids of feature maps, which follow from the operators',
+    'torch._inductor.aoti_compile_and_package': 'export_aoti: torch documents it only under this name',
+    'torch._inductor.aoti_load_package': 'mmdcn.deployment.load: torch documents it only under this name',
+    'torch.cpu._is_avx2_supported': 'the choice of the CPU library if torch has no torch.cpu.get_capabilities',
+    'torch.cpu._is_avx512_supported': 'the choice of the CPU library if torch has no torch.cpu.get_capabilities',
     'torch.nn.Module._load_from_state_dict': (
-        "the silence of a loaded checkpoint: mmcv's layers override it, and mmdcn's override theirs"
+        "loading checkpoints without mmcv's messages: mmcv's layers override it, and mmdcn's override theirs"
     ),
     'mmengine.analysis.complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS': (
-        'get_model_complexity_info: a detector gets cheaper by each deformable layer'
+        'get_model_complexity_info: it counts no FLOPs for deformable layers'
     ),
     'mmengine.analysis.complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS': (
-        'get_model_complexity_info: deformable layers have no activations'
+        'get_model_complexity_info: it counts no activations for deformable layers'
     ),
     'mmengine._strategy.fsdp.FSDPStrategy._wrap_model': (
-        'configs/_base_/strategies/fsdp.py: the package of the strategies is private as a whole'
+        'configs/_base_/strategies/fsdp.py: the whole package of the strategies is private'
     ),
     'mmengine.config.DictAction._parse_iterable': (
-        "--cfg-options: mmdcn's, which know dicts, read all else as mmengine's do"
+        "--cfg-options: mmdcn's also accept dicts, and read everything else as mmengine's do"
     ),
     'mmengine.logging.HistoryBuffer._set_default_statistics': (
-        'resuming with weights_only: a history has the methods of its statistics in _statistics_methods'
+        'resuming with weights_only: a history stores the methods of its statistics in _statistics_methods'
     ),
-    'mmdet.apis.DetInferencer._load_model_from_metafile': 'DetInferencer with the names of the zoo',
+    'mmdet.apis.DetInferencer._load_model_from_metafile': 'DetInferencer with the model names of the zoo',
     'mmdet.apis.DetInferencer._get_transform_idx': 'DetInferencer with mmdcn.LoadImageFromFile on mmdet 3.3.0',
 }
 
 
 def is_transformed() -> bool:
-    """Tell whether a transform of torch.func is at work."""
+    """Tell whether a transform of torch.func is active."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -82,28 +82,28 @@ def below_autograd() -> AbstractContextManager[Any]:
 
 
 def apply_quickly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Apply an autograd function outside all transforms."""
+    """Apply an autograd function without the overhead of `Function.apply`, outside all transforms."""
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def compile_package(exported: Any, path: str, metadata: dict[str, str]) -> None:
-    """Compile an exported program by AOTInductor to a file with metadata."""
+    """Compile an exported program with AOTInductor, and write it to a file with metadata."""
     settings = {'aot_inductor.metadata': metadata}
     torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=settings)
 
 
 def load_package(path: str) -> Callable[..., Any]:
-    """Load what `compile_package` has written."""
+    """Load a file that `compile_package` has written."""
     return torch._inductor.aoti_load_package(path)
 
 
 def has_avx2() -> bool:
-    """Ask an older torch about the processor."""
+    """Tell whether the processor has AVX2, according to an older torch."""
     return torch.cpu._is_avx2_supported()
 
 
 def has_avx512() -> bool:
-    """Ask an older torch about the processor."""
+    """Tell whether the processor has AVX-512, according to an older torch."""
     return torch.cpu._is_avx512_supported()
 
 
@@ -123,7 +123,7 @@ def mmengine_fsdp() -> ModuleType:
 
 
 def parse_option(text: str) -> Any:
-    """Read the value of an option of a command line as mmengine's DictAction does."""
+    """Read the value of a command-line option as mmengine's DictAction does."""
     from mmengine.config import DictAction
 
     return DictAction._parse_iterable(text)
@@ -141,7 +141,7 @@ def get_statistic(name: str) -> Callable[..., Any]:
 
 
 def is_within(function: str) -> bool:
-    """Tell whether a function of this name has called, however far away."""
+    """Tell whether a function of this name is anywhere on the call stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != function:
         frame = frame.f_back

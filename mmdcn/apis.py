@@ -10,12 +10,12 @@ from mmdcn.checkpoints import zoo
 
 
 class DetInferencer(mmdet.apis.DetInferencer):
-    """mmdet's inferencer, which takes the names of mmdcn's model zoo.
+    """mmdet's inferencer, which accepts the names of mmdcn's model zoo.
 
     Args:
-        model: A name of the zoo, or the path of a config or the config itself, and then with `weights`.
-        weights: A checkpoint's path or address; by default that of the zoo.
-        device: Where to run the detector; by default a GPU if there is one.
+        model: The name of a model in the zoo; or, together with `weights`, a config or the path of one.
+        weights: The path or address of a checkpoint; by default that of the model in the zoo.
+        device: The device of the detector; by default a GPU if there is one.
 
     The other arguments, and those of a call, are mmdet's.
 
@@ -28,5 +28,5 @@ class DetInferencer(mmdet.apis.DetInferencer):
         return Config.fromfile(found.config), found.weights
 
     def _get_transform_idx(self, pipeline_cfg: list[dict[str, Any]], name: tuple[str | type, ...]) -> int:
-        # mmdet 3.3.0 looks for the one transform that it asks for by its name without a scope.
+        # mmdet 3.3.0 looks for the transform that loads images only by its name without a scope.
         return super()._get_transform_idx(pipeline_cfg, (*name, 'mmdcn.LoadImageFromFile'))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bug report needs to say, as a table: `python -m mmdcn.info`."""
+"""The environment for a bug report, as a table: `python -m mmdcn.info`."""
 
 import platform
 from importlib import import_module
@@ -16,7 +16,7 @@ _INSTRUCTION_SETS = {'_C_avx512': 'AVX-512', '_C_avx2': 'AVX2', '_C': 'neither A
 
 
 def collect_env() -> dict[str, str]:
-    """Return the versions, the libraries in use, the GPUs and the origin of mmcv's operators, each by its name."""
+    """Return the versions, the libraries in use, the GPUs and the origin of mmcv's operators, by name."""
     packages = ('mmengine', 'mmcv', 'mmdet', 'numpy', 'onnxscript', 'torchvision')
     return {
         'mmdcn': f'{__version__}, {Path(__file__).parent}',
@@ -53,13 +53,13 @@ def _describe_gpus() -> str:
 def _describe_mmcv_operators() -> str:
     try:
         file = str(import_module('mmcv._ext').__file__)
-    except ImportError as error:  # of mmcv, of the operators, or of a library that they need
+    except ImportError as error:  # mmcv, its operators or a library that they need
         return f'none: {error}'
     return f'{"compiled" if file.endswith(tuple(EXTENSION_SUFFIXES)) else "of mmdcn"}, {file}'
 
 
 def _describe_package(name: str) -> str:
-    distributions = set(packages_distributions().get(name, [])) - {'mmdcn-mmcv'}  # which has a module of mmcv's alone
+    distributions = set(packages_distributions().get(name, [])) - {'mmdcn-mmcv'}  # it contains only one module of mmcv
     return ', '.join(f'{version(each)} ({each})' for each in sorted(distributions)) or 'not installed'
 
 

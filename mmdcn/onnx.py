@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX: mmdcn's operators become the standard's, which need no plugin of a runtime.
+"""ONNX export: mmdcn's operators become standard ONNX operators, which need no plugin in a runtime.
 
     torch.onnx.export(model, arguments, path, dynamo=True, custom_translation_table=mmdcn.onnx.TRANSLATIONS)
 
-A deformable convolution becomes `DeformConv`; deformable RoI pooling `RoIAlign`, with offsets one for each bin. This
-module needs `onnxscript`, as torch's exporter does. `DeformConv` is of opset 19; an export to an earlier one is
-refused.
+A deformable convolution becomes `DeformConv`. Deformable RoI pooling becomes `RoIAlign`; with offsets, each bin becomes
+a region of its own. This module needs `onnxscript`, as torch's exporter does. `DeformConv` exists since opset 19; an
+export to an earlier opset is refused.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from onnxscript import BOOL, INT64, evaluator, opset19
 
-op: Any = opset19  # whose annotations know nothing of the lists and numbers that the exporter makes constants of
+op: Any = opset19  # its annotations do not allow the lists and numbers that the exporter turns into constants
 
 
 def _deform_conv2d(
@@ -32,10 +32,10 @@ def _deform_conv2d(
 ) -> Any:
     if offset.dtype != input.dtype:
         raise ValueError(
-            f"ONNX's DeformConv has one type, got {input.dtype} for input and {offset.dtype} for offset: "
+            f"ONNX's DeformConv takes inputs of one type, got {input.dtype} for input and {offset.dtype} for offset: "
             'export the model without autocast'
         )
-    recorder: Any = evaluator.default()  # the exporter's, which takes 18 for anything earlier
+    recorder: Any = evaluator.default()  # the exporter's, which uses 18 for anything earlier
     if recorder.opset.version < op.version:
         raise ValueError(
             f'ONNX has DeformConv from opset {op.version} on, got opset_version {recorder.opset.version} or earlier: '
@@ -62,9 +62,9 @@ def _deform_roi_pool(
     if offset is None:
         return _roi_align(input, corners, images, output_size, spatial_scale, sampling_ratio, aligned)
     if not aligned:
-        raise ValueError('deform_roi_pool with offsets and aligned=False has no form in ONNX: use aligned=True')
+        raise ValueError('deform_roi_pool with offsets and aligned=False has no equivalent in ONNX: use aligned=True')
     height, width = output_size
-    # The pooling of a bin is RoIAlign of the bin as a region of its own, in pixels of the input.
+    # Pooling a bin is RoIAlign with the bin as a region, in pixels of the input.
     bins = _moved_bins(op.Mul(corners, _floats(spatial_scale)), offset, output_size, sampling_ratio, gamma)
     images_of_bins = op.Reshape(op.Expand(op.Unsqueeze(images, [1]), [1, height * width]), [-1])
     pooled = _roi_align(input, bins, images_of_bins, [1, 1], 1.0, sampling_ratio)  # [N * ph * pw, C, 1, 1]
@@ -75,7 +75,7 @@ def _deform_roi_pool(
 
 
 def _moved_bins(corners: Any, offset: Any, output_size: list[int], sampling_ratio: int, gamma: float) -> Any:
-    """Return the corners of each bin, [N * ph * pw, 4]."""
+    """Return the corners of each shifted bin, [N * ph * pw, 4]."""
     height, width = output_size
     start, end = op.Slice(corners, [0], [2], [1]), op.Slice(corners, [2], [4], [1])
     length = op.Unsqueeze(op.Sub(end, start), [1])  # [N, 1, 2], (x, y) from here on
@@ -87,7 +87,7 @@ def _moved_bins(corners: Any, offset: Any, output_size: list[int], sampling_rati
     first = op.Add(op.Unsqueeze(start, [1]), shift)
     last = op.Add(first, bin_length)
     if sampling_ratio <= 0:
-        # A bin has as many samples as pixels, rounded up; roundings of its corners must not make one more of them.
+        # A bin has as many samples as pixels, rounded up; rounding errors of its corners must not add a sample.
         margin = op.Mul(op.Add(op.Abs(last), _floats(1)), _floats(4 * torch.finfo(torch.float32).eps))
         first, last = op.Add(first, margin), op.Sub(last, margin)
     return op.Reshape(op.Concat(first, last, axis=2), [-1, 4])

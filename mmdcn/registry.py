@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registries that mmengine finds by itself when a config says `type='mmdcn.…'`."""
+"""The registries that mmengine finds by itself when a config contains `type='mmdcn.…'`."""
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -28,10 +28,10 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=['mmdcn.engine'],
 )
 
-# mmengine warns where it does not find the scope of a config that says `_base_ = 'mmdcn::…'`.
+# mmengine warns if a registry lacks the scope of a config with `_base_ = 'mmdcn::…'`.
 for _parent in vars(root).values():
     if isinstance(_parent, Registry) and 'mmdcn' not in _parent.children:
         Registry(_parent.name, parent=_parent, scope='mmdcn', locations=['mmdcn.registry'])
 
-# Whoever builds a model with a layer of mmdcn may load its training checkpoints: mmdet's own tools too.
+# Any code that builds a model with a layer of mmdcn can load its training checkpoints, such as mmdet's own tools.
 allow_mmengine_checkpoints()

@@ -14,13 +14,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdcn import reference
+from mmdcn.ops import deform_conv2d
 from mmdcn.reference.conv2d import output_shape
 
 Pair = tuple[int, int]
+EXACT = {'rtol': 0, 'atol': 0}
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ CASES = {
     'many offset groups': Case((130, 3), (3, 4), (2, 1), offset_groups=65),
     'several tiles of positions': Case((3, 2), (33, 37), (2, 3), padding=(1, 1)),
 }
+COPIED_IN_PARTS = Case((70, 4), (340, 310), (2, 3), (37, 41), (1, 0), groups=2, offset_groups=5)
 
 
 def sliced(tensor: Tensor) -> Tensor:
@@ -161,6 +165,21 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     'batch inside': lambda tensor: tensor.movedim(0, -1).contiguous().movedim(-1, 0),
     'expanded': expanded,
 }
+
+
+def conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    mask: Tensor | None,
+) -> Tensor:
+    """Convolve and ignore the offsets, with the arguments of deform_conv2d."""
+    groups = input.shape[1] // weight.shape[1]
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups) + 0 * offset.sum()
 
 
 def gradients(function: Callable[..., Tensor], call: Call, grad_output: Tensor) -> dict[str, Tensor]:
@@ -229,6 +248,12 @@ def assert_close(
             atol=eps * scale[name],
             msg=lambda message, name=name: f'{name}: {message}',
         )
+
+
+def check_against_reference(call: Call) -> None:
+    grad_output = draw_grad_output(call)
+    actual = gradients(deform_conv2d, call, grad_output)
+    assert_close(actual, expected_gradients(call, grad_output), call, grad_output)
 
 
 def assert_the_same_bits_with_any_number_of_threads(compute: Callable[[], dict[str, Tensor]]) -> None:

@@ -10,6 +10,7 @@ as long as a bin has fewer than 16 samples along an axis.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -113,6 +114,7 @@ LARGE = {
     'large regions': Case(channels=1, size=(95, 96), rois=4, bins=(7, 7), batch=1),
     'many regions': Case(channels=2, size=(4, 5), rois=300, bins=(1, 2)),
 }
+each_dtype = pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
 def between_vectors(tensor: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdcn.ops.deform_roi_pool: values, gradients, memory, types, errors and transforms, on every device."""
+"""mmdcn.ops.deform_roi_pool: values, memory, types and determinism, on every device."""
 
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from deform_conv2d_cases import LAYOUTS, Recorder, assert_the_same_bits_with_any_number_of_threads, expanded
+from deform_conv2d_cases import EXACT, LAYOUTS, Recorder, assert_the_same_bits_with_any_number_of_threads, expanded
 from deform_roi_pool_cases import (
     CASES,
     LARGE,
@@ -19,20 +18,16 @@ from deform_roi_pool_cases import (
     assert_close,
     between_vectors,
     draw_grad_output,
+    each_dtype,
     expected_gradients,
     gradients,
 )
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
-from torch.func import hessian, jacfwd, jacrev, vmap
 
 from mmdcn import reference
 from mmdcn.ops import deform_roi_pool
 
-EXACT = {'rtol': 0, 'atol': 0}
 each_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
-each_dtype = pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
 def check_against_reference(call: Call) -> None:
@@ -350,234 +345,3 @@ def test_inference_mode_changes_no_bit(case: Case, device: str) -> None:
     expected = call(deform_roi_pool)
     with torch.inference_mode():
         assert torch.equal(call.map(torch.clone)(deform_roi_pool), expected)
-
-
-# Derivatives and transforms
-
-
-def as_function(call: Call) -> tuple[Any, tuple[Tensor, ...]]:
-    """Return the pooling as a function of the tensors that have gradients, and these tensors."""
-    names = list(call.tensors())
-
-    def function(*tensors: Tensor) -> Tensor:
-        return replace(call, **dict(zip(names, tensors, strict=True)))(deform_roi_pool)
-
-    return function, tuple(call.tensors().values())
-
-
-TINY = Case(channels=2, size=(4, 3), rois=2, bins=(1, 2))
-
-
-@pytest.mark.parametrize('case', [TINY, replace(TINY, offset=False), replace(TINY, sampling_ratio=2)], ids=str)
-def test_first_and_second_derivatives_are_those_of_finite_differences(case: Case, device: str) -> None:
-    function, tensors = as_function(case.draw(device=device).map(lambda tensor: tensor.requires_grad_()))
-    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, tensors)
-
-
-def test_regions_get_no_gradient(device: str) -> None:
-    call = CASES['defaults'].draw(device=device).map(lambda tensor: tensor.requires_grad_())
-    grads = torch.autograd.grad(call(deform_roi_pool).sum(), [call.rois, call.input], allow_unused=True)
-    assert grads[0] is None
-
-
-def test_jacrev_equals_jacfwd_and_the_hessian_that_of_autograd(device: str) -> None:
-    function, tensors = as_function(TINY.draw(device=device))
-    for rows, columns in zip(
-        jacrev(function, argnums=(0, 1))(*tensors), jacfwd(function, argnums=(0, 1))(*tensors), strict=True
-    ):
-        torch.testing.assert_close(rows, columns)
-
-    def loss(*tensors: Tensor) -> Tensor:
-        return function(*tensors).square().sum()
-
-    torch.testing.assert_close(
-        hessian(loss, argnums=(0, 1))(*tensors), torch.autograd.functional.hessian(loss, tensors)
-    )
-
-
-def test_a_tangent_in_eager_mode_reaches_the_output(device: str) -> None:
-    function, tensors = as_function(TINY.draw(device=device))
-    tangents = [torch.randn_like(tensor) for tensor in tensors]
-
-    def moved(step: float) -> Tensor:
-        return function(*(tensor + step * tangent for tensor, tangent in zip(tensors, tangents, strict=True)))
-
-    expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
-    with forward_ad.dual_level():
-        output = function(*map(forward_ad.make_dual, tensors, tangents))
-        torch.testing.assert_close(forward_ad.unpack_dual(output).tangent, expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize('names', [['input'], ['rois'], ['offset'], ['input', 'rois', 'offset']], ids='+'.join)
-@each_dtype
-def test_vmap_equals_a_loop_and_runs_the_operator_once(names: list[str], dtype: torch.dtype, device: str) -> None:
-    calls = [CASES['defaults'].draw(dtype, device, seed) for seed in range(3)]
-    arguments = ('input', 'rois', 'offset')
-    shared = {name: getattr(calls[0], name) for name in arguments if name not in names}
-    calls = [replace(call, **shared) for call in calls]
-    dims = [i % 2 if name in names else None for i, name in enumerate(arguments)]
-    values = [
-        getattr(calls[0], name) if dim is None else torch.stack([getattr(call, name) for call in calls], dim)
-        for name, dim in zip(arguments, dims, strict=True)
-    ]
-    with Recorder() as recorder:
-        outputs = vmap(
-            lambda *tensors: replace(calls[0], **dict(zip(arguments, tensors, strict=True)))(deform_roi_pool),
-            in_dims=tuple(dims),
-        )(*values)
-    assert len(recorder.calls) == 1
-    for output, call in zip(outputs, calls, strict=True):
-        torch.testing.assert_close(output, call(deform_roi_pool))
-
-
-# torch.library and torch.compile
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize('name', ['defaults', 'no offsets', 'no region'])
-def test_opcheck_is_clean(name: str, memory_format: torch.memory_format, device: str) -> None:
-    call = CASES[name].draw(device=device)
-    call = replace(call, input=call.input.contiguous(memory_format=memory_format))
-    settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
-    leaves = call.map(lambda tensor: tensor.requires_grad_())
-    arguments = (leaves.input, call.rois.detach(), leaves.offset, call.output_size, *settings)
-    torch.library.opcheck(torch.ops.mmdcn.deform_roi_pool, arguments)
-    needed = (True, call.offset is not None)
-    arguments = (draw_grad_output(call), call.input.detach(), call.rois.detach(), call.offset, *settings, needed, False)
-    torch.library.opcheck(
-        torch.ops.mmdcn.deform_roi_pool_backward,
-        tuple(argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments),
-    )
-
-
-def test_any_number_of_regions_runs_in_one_graph(device: str) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(deform_roi_pool, fullgraph=True, dynamic=True, backend='aot_eager')
-    for rois in (5, 9, 2):
-        call = replace(CASES['defaults'], rois=rois).draw(torch.float32, device)
-        grad_output = draw_grad_output(call)
-        actual = gradients(compiled, call, grad_output)
-        for name, expected in gradients(deform_roi_pool, call, grad_output).items():
-            torch.testing.assert_close(actual[name], expected)
-
-
-# Errors
-
-GOOD = CASES['defaults'].draw(torch.float32)
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    'input is a list': ({'input': [0.0]}, 'input must be a tensor [B, C, H, W], got list'),
-    'input without a batch': (
-        {'input': GOOD.input[0]},
-        'input must have 4 dimensions [B, C, H, W], got shape [3, 9, 12]',
-    ),
-    'input without pixels': (
-        {'input': GOOD.input[..., :0]},
-        'input must have channels and pixels, got shape [2, 3, 9, 0]',
-    ),
-    'regions without an image': (
-        {'rois': GOOD.rois[:, 1:]},
-        'rois must have shape [N, 5], (image, x1, y1, x2, y2) = [5, 5], got shape [5, 4]',
-    ),
-    'one region': ({'rois': GOOD.rois[0]}, 'rois must have 2 dimensions [N, 5], got shape [5]'),
-    'regions of integers': (
-        {'rois': GOOD.rois.long()},
-        'rois must be of type float64, float32, float16 or bfloat16, got torch.int64',
-    ),
-    'regions in float64': ({'rois': GOOD.rois.double()}, 'rois must be of type torch.float32, got torch.float64'),
-    'low regions in another type': (
-        {'input': GOOD.input.half(), 'rois': GOOD.rois.bfloat16()},
-        'rois must be of type torch.float16 or torch.float32, got torch.bfloat16',
-    ),
-    'offsets of other bins': (
-        {'offset': GOOD.offset[..., :2]},
-        'offset must have shape [N, 2, ph, pw] = [5, 2, 2, 3], got shape [5, 2, 2, 2]',
-    ),
-    'offsets of other regions': (
-        {'offset': GOOD.offset[:4]},
-        'offset must have shape [N, 2, ph, pw] = [5, 2, 2, 3], got shape [4, 2, 2, 3]',
-    ),
-    'offsets on another device': (
-        {'offset': GOOD.offset.to('meta')},
-        'offset must be on the device of input, cpu, got meta',
-    ),
-    'no bins': ({'output_size': (2, 0)}, 'output_size must be at least 1, got (2, 0)'),
-    'three sizes': (
-        {'output_size': (2, 3, 4)},
-        'output_size must be an integer or a pair (y, x) of integers, got (2, 3, 4)',
-    ),
-    'fewer than no samples': ({'sampling_ratio': -1}, 'sampling_ratio must be an integer, 0 or more, got -1'),
-    'bins that overflow': ({'output_size': 2**62}, f'output_size must be less than 2^31, got {2**62}'),
-    'samples that overflow': ({'sampling_ratio': 2**63}, f'sampling_ratio must be less than 2^31, got {2**63}'),
-    'half a sample': ({'sampling_ratio': 0.5}, 'sampling_ratio must be an integer, 0 or more, got 0.5'),
-}
-
-
-@pytest.mark.parametrize(('changes', 'message'), BAD.values(), ids=BAD.keys())
-def test_a_bad_argument_is_named_with_what_it_was_and_what_it_should_be(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
-        replace(GOOD, **changes)(deform_roi_pool)
-
-
-BAD_FOR_OPERATOR: dict[str, dict[str, Any]] = {
-    'rois of four numbers': {'rois': GOOD.rois[:, :4]},
-    'rois wider than the input': {'rois': GOOD.rois.double()},
-    'offset of fewer regions': {'offset': GOOD.offset[:4]},
-    'offset wider than the input': {'offset': GOOD.offset.double()},
-    'no bin': {'output_size': (0, 3)},
-    'negative bins': {'output_size': (2, -3)},
-    'three sizes': {'output_size': (2, 3, 1)},
-    'bins that overflow': {'output_size': (2**62, 4)},
-    'bins of 32 bits': {'output_size': (2, 2**31)},
-    'negative sampling ratio': {'sampling_ratio': -1},
-    'sampling ratio that overflows': {'sampling_ratio': 2**63 - 1},
-}
-
-
-@pytest.mark.parametrize('changes', BAD_FOR_OPERATOR.values(), ids=BAD_FOR_OPERATOR.keys())
-@pytest.mark.parametrize(('mode', 'error'), [(nullcontext, RuntimeError), (FakeTensorMode, ValueError)])
-def test_the_operator_itself_refuses_what_it_would_read_outside_of(
-    mode: Callable[[], Any], error: type[Exception], changes: dict[str, Any]
-) -> None:
-    """Its fake and its backward refuse the same."""
-    with mode() as context:
-        fake = context.from_tensor if context else torch.clone
-        call = replace(GOOD, **changes).map(fake)
-        settings = (call.spatial_scale, call.sampling_ratio, call.gamma)
-        with pytest.raises(error, match=' must '):
-            torch.ops.mmdcn.deform_roi_pool(call.input, call.rois, call.offset, call.output_size, *settings)
-        if 'output_size' in changes:
-            return
-        grad_output = draw_grad_output(GOOD)
-        with pytest.raises(error, match=' must '):
-            torch.ops.mmdcn.deform_roi_pool_backward(
-                fake(grad_output), call.input, call.rois, call.offset, *settings, [True, True], False
-            )
-
-
-@pytest.mark.parametrize(
-    ('grad_output', 'offset', 'output_mask'),
-    [
-        (draw_grad_output(GOOD)[0], GOOD.offset, [True, True]),
-        (draw_grad_output(GOOD)[:-1], None, [True, False]),
-        (draw_grad_output(GOOD)[:, :-1], None, [True, False]),
-        (draw_grad_output(GOOD).double(), GOOD.offset, [True, True]),
-        (draw_grad_output(GOOD), GOOD.offset, [True]),
-        (draw_grad_output(GOOD), None, [True, True]),
-    ],
-    ids=['rank', 'regions', 'channels', 'type', 'short output_mask', 'no offset'],
-)
-def test_the_backward_operator_itself_and_its_fake_do_too(
-    grad_output: Tensor, offset: Tensor | None, output_mask: list[bool]
-) -> None:
-    def call(change: Callable[[Tensor], Tensor]) -> None:
-        tensors = [
-            tensor if tensor is None else change(tensor) for tensor in (grad_output, GOOD.input, GOOD.rois, offset)
-        ]
-        settings = (GOOD.spatial_scale, GOOD.sampling_ratio, GOOD.gamma)
-        torch.ops.mmdcn.deform_roi_pool_backward(*tensors, *settings, output_mask, False)
-
-    with pytest.raises(RuntimeError, match=r' must |asks for'):
-        call(torch.clone)
-    with FakeTensorMode() as fake, pytest.raises(ValueError, match=r' must |asks for'):
-        call(fake.from_tensor)

@@ -153,8 +153,7 @@ def test_no_library_is_loaded_that_the_processor_cannot_run(capability: str, lac
 
 PRODUCTS = """
 from mmdcn.ops import deform_conv2d
-from deform_conv2d_cases import CASES, draw_grad_output, gradients
-from test_deform_conv2d import check_against_reference
+from deform_conv2d_cases import CASES, check_against_reference, draw_grad_output, gradients
 for dtype in (torch.float32, torch.bfloat16):
     check_against_reference(CASES['everything at once'].draw(dtype))
 torch.set_num_threads(1)

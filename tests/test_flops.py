@@ -74,16 +74,23 @@ ROIS = torch.tensor([[0, 2.0, 2.0, 12.0, 8.0], [1, 0.0, 0.0, 2.0, 18.0], [0, 4.0
 BINS = (2, 3)
 # The bins of the first are 5/3 x 3/2 pixels large, those of the second 1/3 x 9/2.
 ADAPTIVE = 6 * (2 * 2 + 1 * 5)
+# If it is not aligned, the third has one pixel, and so one sample for each bin.
+NOT_ALIGNED = ADAPTIVE + 6
 
 
-@pytest.mark.parametrize(('ratio', 'samples'), [(2, 3 * 6 * 4), (0, ADAPTIVE)])
+@pytest.mark.parametrize(
+    ('ratio', 'aligned', 'samples'),
+    [(2, True, 3 * 6 * 4), (0, True, ADAPTIVE), (2, False, 3 * 6 * 4), (0, False, NOT_ALIGNED)],
+)
 @pytest.mark.parametrize('with_offset', [True, False])
-def test_roi_pooling_counts_four_multiply_adds_for_each_sample(ratio: int, samples: int, with_offset: bool) -> None:
+def test_roi_pooling_counts_four_multiply_adds_for_each_sample(
+    ratio: int, aligned: bool, samples: int, with_offset: bool
+) -> None:
     input, offset = torch.randn(2, 4, 10, 12), torch.zeros(3, 2, *BINS) if with_offset else None
     tensors = (input,) if offset is None else (input, offset)
 
     def run() -> Tensor:
-        return deform_roi_pool(input, ROIS, offset, BINS, 0.5, ratio)
+        return deform_roi_pool(input, ROIS, offset, BINS, 0.5, ratio, aligned=aligned)
 
     assert flops(run) == PER_SAMPLE * 4 * samples
     # The transposed sampling, and the slopes in y and x.

@@ -97,7 +97,7 @@ def test_a_killed_set_goes_on_and_reports_every_run(folder: Path) -> None:
             printed, progress = second.communicate()
             assert second.returncode == 0, progress
 
-    assert 'waiting until it ends' in printed
+    assert 'waiting until it is free' in printed
     assert '4/4' in progress
     results = read_results(folder)
     assert results.keys() == {'seed_0', 'seed_1'} and results['seed_0'] == first
@@ -197,7 +197,7 @@ def test_a_failing_run_is_named_with_the_place_of_its_last_words(tmp_path: Path)
     options = {'train_dataloader.dataset.data_root': 'none/'}
     run = make_run(SETS['mnist_scenes'].experiments[0], tmp_path, options=options)
     run.claim()
-    message = rf'tools/train.py ended with status 1: its last words are in {run.folder}/output.txt'
+    message = rf'tools/train.py ended with status 1: its output is in {run.folder}/output.txt'
     with locked(tmp_path) as lock, pytest.raises(LaunchError, match=message):
         asyncio.run(execute_all([run], 1, lock))
     assert 'none/annotations/train.json does not exist' in (run.folder / 'output.txt').read_text().splitlines()[-1]

@@ -132,7 +132,7 @@ def test_a_resnet_of_mmdet_is_traced(name: str) -> None:
 
 def test_a_model_that_is_nothing_but_a_layer_is_told_what_to_trace() -> None:
     layer = modules.DeformConv2dPack(**CONV)
-    with pytest.raises(NotImplementedError, match=r'cannot trace a model that is nothing else: trace nn.Sequential'):
+    with pytest.raises(NotImplementedError, match=r'cannot trace the layer on its own: trace nn.Sequential'):
         fx.symbolic_trace(layer)
     assert nodes(fx.symbolic_trace(nn.Sequential(layer)), 'call_module') == ['0']
 

@@ -5,11 +5,10 @@ import functools
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,61 +17,14 @@ import pytest
 import torch
 import yaml
 from mmengine.runner import load_checkpoint
+from zoo_package import ROOT, Handler, Package
 
-import mmdcn
 from mmdcn import zoo
 from mmdcn.checkpoints.safe_globals import load_training
 from mmdcn.datasets import mnist_scenes
 from mmdcn.engine.launch import run
 
-ROOT = Path(__file__).parents[1]
 PUBLISH = 'tools/model_converters/publish_model.py'
-CONFIG = """
-_base_ = 'mmdcn::mnist_scenes/faster-rcnn_r18-w32-mdconv-c3-c5_fpn_6e_mnist-scenes.py'
-model = dict(backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32, 64]))
-custom_hooks = [dict(type='EMAHook', momentum=0.5)]
-train_cfg = dict(max_epochs=1)
-train_dataloader = dict(batch_size=1, dataset=dict(data_root={data!r}))
-val_dataloader = dict(dataset=dict(data_root={data!r}))
-test_dataloader = dict(dataset=dict(data_root={data!r}))
-val_evaluator = dict(ann_file={data!r} + 'annotations/test.json')
-test_evaluator = val_evaluator
-"""
-
-
-class Package:
-    """An mmdcn whose zoo has one small model, `tiny`, and a folder for what its runs write."""
-
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder = folder
-        self.mim = folder / 'mmdcn/.mim'
-        self.config = self.mim / 'configs/tiny/tiny.py'
-        self.config.parent.mkdir(parents=True)
-        source = Path(mmdcn.__file__).parent
-        self.link(source, folder / 'mmdcn')
-        self.link(ROOT / 'configs', self.mim / 'configs')
-        self.config.write_text(CONFIG.format(data=f'{data}/'))
-        self.list_models()
-
-    @staticmethod
-    def link(source: Path, target: Path) -> None:
-        for path in source.iterdir():
-            if path.name not in ('.mim', '__pycache__'):
-                (target / path.name).symlink_to(path)
-
-    def list_models(self, *models: dict) -> None:
-        self.config.with_name('metafile.yml').write_text(yaml.safe_dump({'Models': list(models)}))
-        (self.mim / 'model-index.yml').write_text(yaml.safe_dump({'Import': ['configs/tiny/metafile.yml']}))
-
-    def call(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-        env = os.environ | {'PYTHONPATH': str(self.folder), 'TORCH_HOME': str(self.folder / 'cache')} | environment
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=env, check=False)
-
-    def run(self, *arguments: object) -> str:
-        result = self.call(*arguments)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
 
 
 @pytest.fixture(scope='module')
@@ -168,7 +120,7 @@ def too_large_for_half(checkpoint: dict) -> str:
 
 def no_classes(checkpoint: dict) -> str:
     del checkpoint['meta']['dataset_meta']
-    return "no checkpoint of a training by MMEngine: 'dataset_meta'"
+    return "not a training checkpoint of MMEngine: 'dataset_meta'"
 
 
 @pytest.mark.parametrize('spoil', [other_config, too_large_for_half, no_classes])
@@ -186,21 +138,6 @@ def test_what_would_not_work_is_not_published(
     assert tool(PUBLISH, package.config, tmp_path / 'spoilt.pth', '--half', '--out-dir', tmp_path / 'out') == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
-
-
-class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder; of what lies under /cut/, the first half."""
-
-    def do_GET(self) -> None:
-        cut = self.path.startswith('/cut/')
-        content = Path(self.directory, Path(self.path).name).read_bytes()
-        self.send_response(200)
-        self.send_header('Content-Length', str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if cut else content)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture(scope='module')

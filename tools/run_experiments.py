@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train and test sets of experiments with several seeds each, and write their tables and plots.
 
-If the command is stopped at any point, even by SIGKILL, run it again to continue: finished runs are kept, and an
-interrupted run resumes from its last checkpoint. Sets share common runs.
+The command can be stopped at any point, even by SIGKILL, and run again to continue: finished runs are kept, and an
+interrupted run resumes from its last checkpoint. Sets share their common runs.
 
     OUT/SET.md, SET.png                the table and the plot
     OUT/results/DATA.json              the finished runs on a dataset: sha256 of their settings, metrics
     OUT/runs/DATA/CONFIG/seed_K/       the work folder of a run
 
-Results are not measured again: if a repository keeps OUT/results, the command prints their tables and trains only the
-missing runs. Each run has as many threads as the number of cores divided by --jobs; its last bits may depend on that.
+Runs with a result in OUT/results are not repeated: the command trains only the missing runs, and prints the tables.
+Each run has as many threads as the number of cores divided by --jobs; the last bits of its results may depend on that.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('sets', nargs='+', choices=[*SETS, 'all'], help='the sets to run')
     parser.add_argument('--seeds', type=int, default=3, help='runs of each experiment, with seeds 0, 1, ...')
     parser.add_argument('--jobs', type=int, default=1, help='concurrent runs, which share the cores')
-    parser.add_argument('--report', action='store_true', help='print finished experiments, and train nothing')
+    parser.add_argument('--report', action='store_true', help='report the finished experiments, and train nothing')
     parser.add_argument('--out', type=Path, default=Path('experiments'), help='the folder for all output')
     parser.add_argument(
         '--cfg-options',

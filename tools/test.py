@@ -7,8 +7,8 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
-# Beside other programs, spinning threads occupy the cores of the threads that they wait for. torch reads the spin count
-# when it is imported, see docs/performance.md, "Beside other programs".
+# While other programs run, a spinning thread can occupy the core that the thread it waits for needs. torch reads the
+# spin count when it is imported. See docs/performance.md, "Beside other programs".
 if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
     os.environ['GOMP_SPINCOUNT'] = '3000'
 
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def use_tta(cfg: Config) -> None:
-    """Wrap the model for test-time augmentation; what the config does not say is mmdet's default."""
+    """Wrap the model for test-time augmentation; settings that the config lacks are mmdet's defaults."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset

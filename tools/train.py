@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-# Beside other programs, spinning threads occupy the cores of the threads that they wait for. torch reads the spin count
-# when it is imported, see docs/performance.md, "Beside other programs".
+# While other programs run, a spinning thread can occupy the core that the thread it waits for needs. torch reads the
+# spin count when it is imported. See docs/performance.md, "Beside other programs".
 if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
     os.environ['GOMP_SPINCOUNT'] = '3000'
 

@@ -16,7 +16,7 @@ from mmdcn.engine.launch import LaunchError, run
 from mmdcn.utils.tables import print_table
 
 METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
-TOLERANCE = 0.1  # points; a test's results are rounded to this
+TOLERANCE = 0.1  # points; test results are rounded to this
 
 
 def measure(model: zoo.Model) -> dict[str, float]:

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Detects objects in a picture with a package of tools/deployment/export_aoti.py, without Python:
+// Detects objects in an image with a package of tools/deployment/export_aoti.py, without Python:
 //
-//   detect PACKAGE.pt2 PICTURE.ppm
+//   detect PACKAGE.pt2 IMAGE.ppm
 //
-// prints a line for each detection: class, score and box (x1, y1, x2, y2). The picture is a binary PPM, which is not
+// It prints a line for each detection: class, score and box (x1, y1, x2, y2). The image is a binary PPM and is not
 // resized.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
@@ -28,22 +28,22 @@ at::Tensor read_ppm(const std::string& path) {
   std::string magic;
   int64_t width = 0, height = 0, largest = 0;
   file >> magic >> width >> height >> largest;
-  file.get();  // the one space before the pixels
-  if (!file || magic != "P6" || largest != 255) throw std::runtime_error(path + " is not a binary PPM of 8 bits");
+  file.get();  // the single whitespace before the pixels
+  if (!file || magic != "P6" || largest != 255) throw std::runtime_error(path + " is not an 8-bit binary PPM");
   at::Tensor pixels = at::empty({1, height, width, 3}, at::kByte);
   file.read(static_cast<char*>(pixels.data_ptr()), pixels.numel());
   if (!file) throw std::runtime_error(path + " ends before its last pixel");
   return pixels.permute({0, 3, 1, 2}).to(at::kFloat);
 }
 
-// The numbers of an entry, as a tensor to broadcast over the channels of images.
+// Returns the numbers of a metadata entry as a tensor [1, C, 1, 1].
 at::Tensor channels(const Metadata& metadata, const std::string& key) {
   std::istringstream text(metadata.at(key));
   const std::vector<float> values{std::istream_iterator<float>(text), {}};
   return at::tensor(values).view({1, -1, 1, 1});
 }
 
-// What the detector's data_preprocessor does.
+// Normalizes and pads images as the detector's data_preprocessor does.
 at::Tensor preprocess(at::Tensor images, const Metadata& metadata) {
   if (metadata.at("channels") == "bgr") images = images.flip({1});
   images = (images - channels(metadata, "mean")) / channels(metadata, "std");
@@ -84,7 +84,7 @@ void detect(const std::string& package, const std::string& picture) {
 
 int main(int argc, char** argv) {
   if (argc != 3) {
-    std::cerr << "usage: detect PACKAGE.pt2 PICTURE.ppm\n";
+    std::cerr << "usage: detect PACKAGE.pt2 IMAGE.ppm\n";
     return 2;
   }
   try {

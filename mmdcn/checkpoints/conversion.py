@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversion of checkpoints of other implementations of deformable convolution.
 
-A layer with prefix P has `P.weight`, perhaps `P.bias`, and `P.conv_offset.{weight,bias}`, which predicts the offsets,
-(y, x) of each tap, and then, for DCNv2, the numbers whose sigmoids are the masks. `SOURCES` says where other projects
-differ.
+In mmdcn, a layer with prefix P has `P.weight`, perhaps `P.bias`, and `P.conv_offset.{weight,bias}`. The latter predict
+the offsets, (y, x) of each tap, and then, for DCNv2, the numbers whose sigmoids are the masks. `SOURCES` describes how
+other projects differ.
 
 Note: [What a state dict does not tell]
-Strides, paddings, dilations and groups are the model's to repeat; `check_target` finds those that no layer of mmdcn can
-repeat. Nor does it tell the revision that trained it. The entries of `SOURCES` follow these: 4uiiurz1's with a stride
-(an earlier one took the whole pixel for a sample beyond the border), CharlesShang's with a sigmoid (the first had
-none), tvdcn's 1.1 with its default activation of the masks, 2 * sigmoid (a softmax has no equal here).
+A state dict does not contain strides, paddings, dilations and groups: the model must have the same as the original.
+`check_target` finds those that no layer of mmdcn can reproduce. Nor does a state dict contain the revision of the
+project that trained it. The entries of `SOURCES` follow these revisions: 4uiiurz1's with a stride (an earlier one took
+the whole pixel for a sample beyond the border), CharlesShang's with a sigmoid (the first had none), tvdcn's 1.1 with
+its default activation of the masks, 2 * sigmoid (its softmax has no equivalent here).
 """
 
 import math
@@ -29,19 +30,19 @@ from mmdcn.ops._arguments import pair
 
 @dataclass(frozen=True)
 class Source:
-    """How a project names the parts of a deformable layer with prefix P, and what it means by them.
+    """How a project names and interprets the parts of a deformable layer with prefix P.
 
     Attributes:
         offset: What follows P in the name of the convolution that predicts the offsets.
         conv: The same for the layer's own weight and bias.
         mask: The same for the convolution that predicts the masks; empty if `offset` predicts both, as in mmdcn.
         target: What follows P in the name of mmdcn's layer.
-        mask_scale: The factor of the sigmoid in the mask.
-        grouped: Whether each offset group is predicted from its own channels alone.
+        mask_scale: The mask is this factor times the sigmoid.
+        grouped: Whether each offset group is predicted from its own channels only.
         layout: The order of the offsets: one of `mmdcn.layouts.LAYOUTS`.
-        dilated: Whether the prediction has the layer's dilation.
-        same_size: Whether the output is as large as the input (but for the stride) whatever the padding.
-        rename: Gives mmdet's name of a key, or None for a key to leave out.
+        dilated: Whether the convolution that predicts the offsets has the layer's dilation.
+        same_size: Whether the output is as large as the input (apart from the stride) for any padding.
+        rename: Returns mmdet's name of a key, or None for a key to drop.
     """
 
     offset: str
@@ -57,10 +58,10 @@ class Source:
 
     @classmethod
     def torchvision(cls, conv: str, offset: str, mask: str = '') -> 'Source':
-        """Describe a module that owns a `torchvision.ops.DeformConv2d` and what predicts its offsets.
+        """Describe a module that owns a `torchvision.ops.DeformConv2d` and the convolution that predicts its offsets.
 
-        That prediction must have the kernel, stride, padding and dilation of the `DeformConv2d`, or a smaller kernel
-        with the same centre: a state dict does not tell.
+        That convolution must have the kernel, stride, padding and dilation of the `DeformConv2d`, or a smaller kernel
+        with the same centre. A state dict does not tell.
 
         Args:
             conv: The module's name for the `DeformConv2d`.
@@ -87,7 +88,7 @@ SOURCES = {
     'mmcv': Source(offset='.conv_offset'),
     'mmcv-v1': _VERSION1,
     'mmdet-v1': _VERSION1,
-    'detectron2': Source(offset='_offset', rename=_detectron2_key),  # the backbone; the rest is left out
+    'detectron2': Source(offset='_offset', rename=_detectron2_key),  # only the backbone; the rest is dropped
     'charlesshang': _OFFSET_MASK,
     'chengdazhi': _OFFSET_MASK,
     'developer0hye': Source('.offset_conv', '.regular_conv', '.modulator_conv', mask_scale=2),
@@ -97,22 +98,22 @@ SOURCES = {
 
 
 class Conversion(NamedTuple):
-    """A converted state dict, and for each of its tensors the keys of the original that it comes from."""
+    """A converted state dict, and for each of its tensors the original keys that it comes from."""
 
     state_dict: dict[str, Tensor]
     origins: dict[str, tuple[str, ...]]
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> Conversion:
-    """Convert the deformable layers of a state dict into mmdcn's, and rename the other keys if they are detectron2's.
+    """Convert the deformable layers of a state dict to mmdcn's, and rename the other keys if they are detectron2's.
 
-    A layer of mmdcn computes with the converted parameters what the original did with its own, to within rounding,
-    where `check_target` passes; its stride, padding, dilation and groups are those of the original, except that for
-    4uiiurz1 the padding is (kernel_size - 1) / 2 where it was 1.
+    If `check_target` passes, a layer of mmdcn with the converted parameters computes the same as the original, up to
+    rounding. Its stride, padding, dilation and groups must be those of the original, except for 4uiiurz1: there a
+    padding of 1 becomes (kernel_size - 1) / 2.
 
     Args:
         state_dict: Names and tensors.
-        source: Where they come from: an entry of `SOURCES`, or `Source.torchvision(…)`.
+        source: The project that they come from: an entry of `SOURCES`, or `Source.torchvision(…)`.
 
     Raises:
         ValueError: If there is no deformable layer of this source, or one of its layers cannot be converted.
@@ -148,16 +149,17 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], source: Source) -> Conv
 
 
 def check_target(state_dict: Mapping[str, Tensor], model: nn.Module, source: Source) -> None:
-    """Check that a model computes with converted weights what they were trained for.
+    """Check that a model with the converted weights computes the same as the original.
 
     Args:
         state_dict: The converted weights, as `convert_state_dict` gives them.
         model: The model that will load them.
-        source: Where they come from.
+        source: The project that they come from.
 
     Raises:
-        ValueError: If a tensor has another shape in the model, or a layer another arithmetic: a dilation or a padding
-            that the original did not have, or no place for a bias that is not zero. It names all of them.
+        ValueError: If a tensor has another shape in the model, or a layer computes something else: because of a
+            dilation or a padding that the original cannot have, or because it has no bias but the checkpoint has one
+            that is not zero. The message names all of them.
     """
     misfits = list(_misfits(state_dict, model, source))
     if misfits:
@@ -171,7 +173,7 @@ def _prefixes(tensors: Mapping[str, Tensor], source: Source) -> list[str]:
 
 
 def _convert_layer(
-    parts: dict[str, Tensor],  # by what follows the layer's prefix in their names
+    parts: dict[str, Tensor],  # by their names after the layer's prefix
     source: Source,
 ) -> dict[str, Tensor]:  # likewise
     weight = parts[f'{source.conv}.weight']  # [C_out, C_in/groups, kernel_h, kernel_w]
@@ -200,9 +202,9 @@ def _pair_of(parts: dict[str, Tensor], part: str) -> tuple[Tensor, Tensor]:  # w
 def _join(
     parts: dict[str, Tensor], source: Source, kernel_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:  # [2*G*K or 3*G*K, C_in, h, w], [2*G*K or 3*G*K]
-    """Merge the convolutions for offsets and for masks, whose numbers of groups may differ, into one."""
+    """Merge the convolutions for offsets and masks into one; their numbers of groups may differ."""
     taps = math.prod(kernel_size)
-    sizes = {source.offset: 2 * taps, source.mask: taps}  # channels of a group
+    sizes = {source.offset: 2 * taps, source.mask: taps}  # channels per group
     predictors = {part: _pair_of(parts, part) for part in sizes if f'{part}.weight' in parts}
     for part, (weight, _) in predictors.items():
         if len(weight) % sizes[part]:
@@ -238,17 +240,17 @@ def _ungroup(
 
 
 def _repeat(tensor: Tensor, groups: int, all_groups: int) -> Tensor:
-    """Return each of the smaller groups the channels, along dimension 0, of the group that it is a part of."""
+    """Divide each group into smaller groups, each of which gets a copy of its channels, along dimension 0."""
     return tensor.unflatten(0, (groups, -1)).repeat_interleave(all_groups // groups, dim=0).flatten(0, 1)
 
 
 def _embed(weight: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Pad a kernel with zeros to the layer's size, around the same centre."""
+    """Pad a kernel with zeros to the size of the layer's kernel, around the same centre."""
     margins = [size - own for size, own in zip(kernel_size, weight.shape[2:], strict=True)]
     if any(margin < 0 or margin % 2 for margin in margins):
         raise ValueError(
-            f'its offsets are predicted by a {"x".join(map(str, weight.shape[2:]))} kernel, which mmdcn would have to '
-            f'do with the {"x".join(map(str, kernel_size))} kernel of the layer: no kernel of this size does the same'
+            f'its offsets are predicted by a {"x".join(map(str, weight.shape[2:]))} kernel, but mmdcn uses the kernel '
+            f'size of the layer for this, and no {"x".join(map(str, kernel_size))} kernel does the same'
         )
     y, x = (margin // 2 for margin in margins)
     return F.pad(weight, (x, x, y, y))
@@ -263,12 +265,12 @@ def _misfits(state_dict: Mapping[str, Tensor], model: nn.Module, source: Source)
             continue
         dilation, padding = pair(layer.dilation, 'dilation', 1), pair(layer.padding, 'padding', 0)
         if not source.dilated and dilation != (1, 1):
-            yield f'{name} has dilation {dilation} in the model, where the original predicts its offsets without one'
+            yield f'{name} has dilation {dilation} in the model, but the original predicts its offsets without dilation'
         same = tuple((size - 1) // 2 for size in layer.kernel_size)
         if source.same_size and padding != same:
             yield (
                 f'{name} has padding {padding} in the model; the original gives an output as large as its input for '
-                f'any padding, and only its padding of 1 puts the taps and borders where mmdcn puts them, with {same}'
+                f'any padding, and only its padding of 1 has the same taps and borders as mmdcn with {same}'
             )
         bias = state_dict.get(f'{name}.bias')
         if bias is not None and bias.any() and getattr(layer, 'bias', None) is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a training's checkpoint to one that is published: the weights alone, named after their sha256."""
+"""Publishing the checkpoint of a training: only its weights, in a file named after its sha256."""
 
 import hashlib
 import io
@@ -30,14 +30,15 @@ def publish(config: Path, checkpoint: Path, out_dir: Path, half: bool = False) -
     """Write the weights of a training, its classes, the text of its config and the version of mmdcn.
 
     Args:
-        config: The config of the training; the file gets its name.
-        checkpoint: The training's checkpoint. With an EMAHook it has the averages, and so has what is written.
+        config: The config of the training; the file is named after it.
+        checkpoint: The training's checkpoint. With an EMAHook it contains the averaged weights, which are then
+            written.
         out_dir: The folder to write into.
-        half: Whether to store float16; what loads it computes in float32 again.
+        half: Whether to store float16; a model that loads the weights still computes in float32.
 
     Raises:
-        LaunchError: If the checkpoint is not of a training by MMEngine, its weights are not those of the config's
-            model, or some are not finite.
+        LaunchError: If the file is not a training checkpoint of MMEngine, its weights do not fit the config's model, or
+            some are not finite.
     """
     trained = _load(checkpoint)
     weights = trained['state_dict']
@@ -50,7 +51,7 @@ def publish(config: Path, checkpoint: Path, out_dir: Path, half: bool = False) -
         cfg=Config.fromfile(config).pretty_text,
         mmdcn_version=__version__,
     )
-    # A file's name would become part of its bytes, and so of the hash.
+    # torch.save would write the name of a file into it, which would change the hash.
     buffer = io.BytesIO()
     torch.save(dict(meta=meta, state_dict=weights), buffer)
     sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
@@ -65,17 +66,17 @@ def _load(path: Path) -> dict[str, Any]:
         checkpoint = load_training(path)
         return {'state_dict': checkpoint['state_dict'], 'classes': checkpoint['meta']['dataset_meta']['classes']}
     except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise LaunchError(f'{path} is no checkpoint of a training by MMEngine: {error}') from error
+        raise LaunchError(f'{path} is not a training checkpoint of MMEngine: {error}') from error
 
 
 def _check(state_dict: dict[str, Tensor], config: Path) -> None:
-    """Check that the weights are those of the config's model, and numbers."""
+    """Check that the weights fit the config's model and are finite."""
     expected = {key: tuple(value.shape) for key, value in build_model(config).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state_dict.items()}
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
             raise LaunchError(
-                f'the checkpoint is not of {config}: {key} is {found.get(key, "missing")} in it and '
+                f'the checkpoint does not fit {config}: {key} is {found.get(key, "missing")} in it and '
                 f'{expected.get(key, "missing")} in the model; give the config that it was trained with'
             )
     for key, value in state_dict.items():

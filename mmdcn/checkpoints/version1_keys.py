@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints from before mmcv's version 2, whose offsets lie beside the layer: `conv2_offset.*`, now inside it.
+"""Loading version-1 checkpoints, which store a layer's offset weights beside it: `conv2_offset.*`.
 
 Note: [Version 1 keys]
-mmcv renames `conv2_offset.weight` to `conv2.conv_offset.weight` where the layer `conv2` loads its parameters. That
-came to nothing when torch began to hand each child module only the keys beneath its own prefix: the layer finds its
-`conv_offset` missing, and its old key with its parent's unexpected ones. So the renaming is the parent's here, by a
-hook that runs before it hands its keys on; and a layer under a parent without the hook says what is being lost.
+Since version 2 of mmcv's packed layers, these weights are inside the layer. mmcv renames `conv2_offset.weight` to
+`conv2.conv_offset.weight` when the layer `conv2` loads its parameters. This stopped working when torch began to pass
+each child module only the keys under its own prefix: the layer reports its `conv_offset` as missing, and its parent
+reports the old key as unexpected. Therefore the parent renames the keys here, in a hook that runs before it passes its
+keys on. A layer whose parent has no such hook warns about the offsets that are lost.
 """
 
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 
 def accept_version1_keys(model: nn.Module) -> None:
-    """Let a model load version-1 checkpoints, whichever of its modules is told to load.
+    """Let a model and each of its modules load version-1 checkpoints.
 
-    It holds for `load_state_dict`, for mmengine's `load_checkpoint`, and for `init_cfg=dict(type='Pretrained')`.
+    This works for `load_state_dict`, for mmengine's `load_checkpoint`, and for `init_cfg=dict(type='Pretrained')`.
     `mmdcn.ResNet` and mmdcn's tools call it themselves. Other checkpoints load as before.
 
     Args:
@@ -28,7 +29,7 @@ def accept_version1_keys(model: nn.Module) -> None:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Tell whether a layer predicts its offsets itself, mmdcn's or mmcv's or another: by a `conv_offset`."""
+    """Tell whether a layer (mmdcn's, mmcv's or another) predicts its own offsets, with a `conv_offset`."""
     return isinstance(getattr(layer, 'conv_offset', None), nn.Module) and hasattr(layer, 'deform_groups')
 
 

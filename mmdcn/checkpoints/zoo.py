@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model zoo: finds the models of the metafiles by name, and fetches and checks their weights.
+"""The model zoo: finding the models of the metafiles by name, and fetching and checking their weights.
 
 Note: [Addresses of the zoo]
 A checkpoint published by mmdcn has two lines in its metafile, which tools/model_converters/publish_model.py prints:

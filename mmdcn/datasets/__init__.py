@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs around its data."""
+"""Data loading for training and test runs."""
 
 from mmdcn.datasets.loading import ImageError, LoadImageFromFile
 

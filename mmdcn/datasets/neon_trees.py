@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a tree detection dataset of real aerial photographs, all 951 trees boxed by hand.
+"""Make a tree detection dataset from real aerial photographs, with hand-drawn boxes of all 951 trees.
 
 Source: four RGB photographs of the NEON airborne survey, 0.1 m per px, in the deepforest wheel
-(data alone; none of its code is run):
+(only its data is used; none of its code runs):
 
     photograph                    px           trees
     2019_YELL_2_528000_4978000    2299 x 2472  574    Yellowstone, meadow and open wood
@@ -10,18 +10,19 @@ Source: four RGB photographs of the NEON airborne survey, 0.1 m per px, in the d
     OSBS_029                       400 x 400    61    Ordway-Swisher, Florida, pine scrub
     SOAP_061                       400 x 400    37    Soaproot Saddle, mostly dead trees
 
-The left two thirds of each photograph are for training, the rest is for testing: no ground is in
-both halves, and both have all four kinds of wood. A detector that is trained from scratch on so few
-trees finds hardly any in a wood of a kind that it has never seen.
+The left two thirds of each photograph are for training, the rest is for testing. So no ground is in
+both splits, and both have all four kinds of wood. A detector that is trained from scratch on so few
+trees finds hardly any in a kind of wood that it has never seen.
 
-Each half is cut into near-equal tiles of about ``--tile`` px, so that every pixel is in exactly one
-tile and no tile is a sliver. Boxes are clipped at the borders of a tile and dropped where less than
-0.4 of their area remains, so some cut trees have a box in two tiles and a few in none. Some meadow
-tiles have no tree. ``photo``, ``left`` and ``top`` of a COCO image tell where it was cut.
+Each part is cut into tiles of nearly equal size, about ``--tile`` px. Every pixel is in exactly one
+tile, and no tile is a narrow strip. Boxes are clipped at the borders of a tile, and dropped if less
+than 0.4 of their area remains. So some cut trees have a box in two tiles, and a few have none. Some
+meadow tiles have no tree. ``photo``, ``left`` and ``top`` of a COCO image say where it was cut.
 
-The one class is 'tree', id 1: SOAP_061 alone tells Alive from Dead, and the others box dead trees
-as Tree. The source counts pixels from 1 and includes both ends (boxes at the borders of a photo
-start at 1 and end at its width or height), so 1 is taken from the lower ends. Nothing is random.
+The only class is 'tree', id 1: only SOAP_061 distinguishes Alive and Dead, and the other photographs
+label dead trees as Tree. The source counts pixels from 1 and includes both ends: boxes at the borders
+of a photo start at 1 and end at its width or height. So 1 is subtracted from left and top. Nothing is
+random.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ PHOTOS = (
     'OSBS_029',
     'SOAP_061',
 )
-SPLITS = {'train': (0, 2 / 3), 'test': (2 / 3, 1)}  # from left to right
+SPLITS = {'train': (0, 2 / 3), 'test': (2 / 3, 1)}  # fractions of the width, from the left
 MIN_VISIBLE = 0.4
 
 
 def read_photo(wheel: zipfile.ZipFile, photo: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return a picture, uint8 [H, W, 3] BGR, and its boxes [N, 4]: left, top, right, bottom."""
+    """Read a photograph, uint8 [H, W, 3] BGR, and its boxes [N, 4]: left, top, right, bottom."""
     encoded = np.frombuffer(wheel.read(f'deepforest/data/{photo}.png'), np.uint8)
     image = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
     tree = ElementTree.fromstring(wheel.read(f'deepforest/data/{photo}.xml'))
@@ -62,17 +63,17 @@ def read_photo(wheel: zipfile.ZipFile, photo: str) -> tuple[np.ndarray[Any, Any]
 
 
 def cut(length: int, tile: int) -> Iterator[tuple[int, int]]:
-    """Return (start, end) of near-equal parts of ``length``, each about ``tile`` long."""
+    """Cut ``length`` into nearly equal parts of about ``tile``, and return the (start, end) of each."""
     parts = max(1, round(length / tile))
     edges = [length * i // parts for i in range(parts + 1)]
     return pairwise(edges)
 
 
 def clip_boxes(boxes: np.ndarray[Any, Any], window: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Return the boxes [M, 4] of boxes [N, 4] in a window (all left, top, right, bottom).
+    """Clip boxes [N, 4] to a window, and return those that remain, [M, 4]; all are left, top, right, bottom.
 
-    They count from the corner of the window; one with less than MIN_VISIBLE of its area in the
-    window is left out.
+    The returned boxes are relative to the corner of the window. Boxes with less than MIN_VISIBLE of their area in the
+    window are dropped.
     """
     low, high = np.array(window[:2]), np.array(window[2:])
     clipped = np.hstack([boxes[:, :2].clip(low, high), boxes[:, 2:].clip(low, high)])
@@ -86,7 +87,7 @@ def area(boxes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Build the dataset. Raises DatasetError for arguments or a folder that cannot be used."""
+    """Build the dataset. Raises DatasetError for invalid arguments or an unusable folder."""
     if args.tile < 100:
         raise DatasetError(f'--tile is {args.tile}, but must be 100 or more (trees reach 108 px)')
 
@@ -112,7 +113,7 @@ def add_tiles(
     columns: tuple[int, int],
     tile: int,
 ) -> None:
-    """Cut columns (first, last + 1) of a photo [H, W, 3] with its boxes [N, 4] (left, top, right, bottom)."""
+    """Cut the columns (first, last + 1) of a photo [H, W, 3], with boxes [N, 4], into tiles, and add these."""
     first, last = columns
     rows = cut(image.shape[0], tile)
     windows = [(first + x0, y0, first + x1, y1) for y0, y1 in rows for x0, x1 in cut(last - first, tile)]
@@ -126,11 +127,11 @@ def add_tiles(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line tool and return its exit status."""
+    """Run the command-line tool and return its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('--out-dir', type=Path, default=Path('data/neon_trees'), help='made here')
-    parser.add_argument('--tile', type=int, default=400, help='side of a tile in px, about')
+    parser.add_argument('--out-dir', type=Path, default=Path('data/neon_trees'), help='the folder to write')
+    parser.add_argument('--tile', type=int, default=400, help='approximate side of a tile in px')
     args = parser.parse_args(argv)
     return run(lambda: convert(args))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors for use without mmdet: exported with torch.export, to ONNX, and compiled by AOTInductor."""
+"""Export detectors for use without mmdet: with torch.export, to ONNX, or compiled by AOTInductor."""
 
 from mmdcn.deployment.detector import Detector, export
 from mmdcn.deployment.evaluation import ExportedDetector, distances

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the exporting tools."""
+"""The command line of the export tools."""
 
 import argparse
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from mmdcn.engine.launch import LaunchError
 
 
 def main(description: str | None, export: Callable[..., None], suffix: str) -> None:
-    """Read the command line, and export the detector that it names.
+    """Parse the command line, and export the detector that it names.
 
     Args:
-        description: What the tool does.
+        description: The description of the tool, for its help.
         export: `export_onnx` or `export_aoti`.
-        suffix: Of the file to write.
+        suffix: The suffix of the file to write.
 
     Raises:
         LaunchError: If a file is missing, or the detector cannot be exported.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='the config file')
-    parser.add_argument('checkpoint', help='the checkpoint file, or mmdcn://… of the model zoo')
+    parser.add_argument('checkpoint', help='the checkpoint file, or an mmdcn:// address of the model zoo')
     parser.add_argument('--out', type=Path, help=f'the file to write [CONFIG{suffix}]')
     parser.add_argument(
         '--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), default=(800, 1344),
-        help='of the example that is traced; the exported detector takes others too [800 1344]',
+        help='size of the traced example; the exported detector also takes other sizes [800 1344]',
     )  # fmt: skip
     args = parser.parse_args()
     out = args.out or Path(Path(args.config).stem + suffix)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the dense heads of mmdet predict, one-stage heads and RPN, as candidates of a fixed number."""
+"""The predictions of mmdet's dense heads (one-stage heads and RPN) as a fixed number of candidates."""
 
 from collections.abc import Callable, Sequence
 from math import inf
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdcn.deployment.nms import NONE, Candidates, best
 
-Decode = Callable[[Any, int, Tensor, Tensor], Tensor]  # of head, level, priors [N, 2 or 4], predictions: boxes [N, 4]
+Decode = Callable[[Any, int, Tensor, Tensor], Tensor]  # (head, level, priors [N, 2 or 4], predictions) to boxes [N, 4]
 
 
 def _decode(head: Any, level: int, priors: Tensor, predicted: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def _decode_reppoints(head: Any, level: int, priors: Tensor, predicted: Tensor) 
     return head._bbox_decode(priors, predicted, head.point_strides[level], (inf, inf))
 
 
-# By the method of mmdet that does the same for one image.
+# The decoder for each method of mmdet that decodes the predictions of one image.
 _DECODERS: dict[Callable[..., Any], Decode] = {
     BaseDenseHead._predict_by_feat_single: _decode,
     dense_heads.RPNHead._predict_by_feat_single: _decode,
@@ -36,14 +36,14 @@ _DECODERS: dict[Callable[..., Any], Decode] = {
     dense_heads.RepPointsHead._predict_by_feat_single: _decode_reppoints,
 }
 
-_METHODS = ('predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')  # what is done here instead
+_METHODS = ('predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')  # methods that this module replaces
 
 
 def check_head(head: Any) -> None:
     """Check that the predictions of a head can be exported.
 
     Raises:
-        NotImplementedError: If they cannot.
+        NotImplementedError: If they cannot be exported.
     """
     methods = {name: getattr(type(head), name, None) for name in _METHODS}
     known_methods = (
@@ -64,11 +64,11 @@ def candidates(head: Any, features: Sequence[Tensor], sizes: Tensor) -> Candidat
 
     Args:
         head: The head.
-        features: The feature maps that it looks at, [B, C, H, W] each.
-        sizes: Height and width of each image, [B, 2], to which boxes are clipped.
+        features: Its input feature maps, [B, C, H, W] each.
+        sizes: Height and width of each image, [B, 2], to which the boxes are clipped.
 
     Returns:
-        The boxes, at most `nms_pre` of each level; their groups are the labels, or the levels of an RPN.
+        The boxes, at most `nms_pre` per level. Their groups are the labels, or for an RPN the levels.
     """
     outputs = head(features)
     priors = head.prior_generator.grid_priors([maps.shape[2:] for maps in outputs[0]], device=sizes.device)
@@ -80,7 +80,7 @@ def candidates(head: Any, features: Sequence[Tensor], sizes: Tensor) -> Candidat
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clip boxes, [B, N, 4], to the images, whose heights and widths are [B, 2]."""
+    """Clip boxes [B, N, 4] to their images, given the heights and widths [B, 2]."""
     limits = sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
     return torch.minimum(boxes.clamp(min=0), limits)
 
@@ -90,7 +90,7 @@ def _of_level(
 ) -> Candidates:
     is_rpn = isinstance(head, dense_heads.RPNHead)
     scores = _scores(head, classes)
-    count = scores.shape[-1]  # of classes
+    count = scores.shape[-1]  # the number of classes
     if not is_rpn:
         scores = scores.masked_fill(scores <= head.test_cfg.get('score_thr', 0), NONE)
     if is_rpn and head.test_cfg.get('nms_pre', -1) <= 0:

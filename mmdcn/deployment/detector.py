@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A detector of mmdet from images to detections as one traceable module, and its export."""
+"""An mmdet detector as one traceable module from images to detections, and its export."""
 
 from copy import deepcopy
 from typing import Any
@@ -15,16 +15,16 @@ from mmdcn.openmmlab.convert_model import convert_model
 
 
 class Detector(nn.Module):
-    """A detector of mmdet that gives what its `predict` gives, in shapes that do not depend on the data.
+    """A detector of mmdet whose output shapes do not depend on the data; the detections are those of `predict`.
 
-    It has the parts of the detector, not copies of them. Masks are left out: a Mask R-CNN gives its boxes.
+    It shares the modules of the detector and copies none. Masks are not predicted: a Mask R-CNN gives only its boxes.
 
     Args:
-        model: The detector, in eval mode; of one stage, or of two with an RPN.
+        model: The detector in evaluation mode, either one-stage or two-stage with an RPN.
 
     Raises:
         NotImplementedError: If the detector, or a part of it, predicts in a way that cannot be exported.
-        ValueError: If its `test_cfg` asks for another suppression than `nms`, or does not limit the number of boxes.
+        ValueError: If its `test_cfg` sets a suppression other than `nms`, or does not limit the number of boxes.
     """
 
     def __init__(self, model: Any) -> None:
@@ -53,12 +53,12 @@ class Detector(nn.Module):
         """Detect objects.
 
         Args:
-            images: The images, normalized and padded as the detector's `data_preprocessor` does it.
-            sizes: Height and width of each image before it was padded, in int64. Boxes are clipped to it.
+            images: The images, normalized and padded as by the detector's `data_preprocessor`.
+            sizes: Height and width of each image before padding, int64. Boxes are clipped to this size.
 
         Returns:
-            The boxes, (x1, y1, x2, y2) in pixels of `images`, their scores and their labels, sorted by scores. K is
-            the `max_per_img` of `test_cfg`; where an image has fewer detections, box and score are 0, the label -1.
+            The boxes, (x1, y1, x2, y2) in pixels of `images`, their scores and their labels, in descending order of
+            score. K is `max_per_img` of `test_cfg`. Missing detections have zeros as box and score, and label -1.
         """
         features = self.model.extract_feat(images)
         if isinstance(self.model, detectors.TwoStageDetector):
@@ -82,15 +82,15 @@ def export(model: nn.Module, size: tuple[int, int] = (800, 1344)) -> ExportedPro
     """Export a detector with `torch.export`.
 
     Args:
-        model: A detector of mmdet; it is not changed.
-        size: Height and width of the example that is traced, multiples of the detector's `pad_size_divisor`.
+        model: A detector of mmdet. It is not modified.
+        size: Height and width of the traced example, multiples of the detector's `pad_size_divisor`.
 
     Returns:
-        The program of `Detector.forward`, for any number of images, and for any size the detector takes.
+        The program of `Detector.forward`, for any number of images and any size that the detector takes.
 
     Raises:
-        NotImplementedError: As `Detector` does.
-        ValueError: As `Detector` does.
+        NotImplementedError: If the detector, or a part of it, predicts in a way that cannot be exported.
+        ValueError: If its `test_cfg` sets a suppression other than `nms`, or does not limit the number of boxes.
     """
     detector = Detector(convert_model(deepcopy(model)).eval().requires_grad_(False))
     parameter = next(detector.parameters())

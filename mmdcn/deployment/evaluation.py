@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported detectors in the loops of MMEngine, and how far their detections are from others'."""
+"""Run exported detectors in MMEngine's test loop, and compare their detections with those of other detectors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +14,11 @@ from mmdcn.deployment.packages import Detections
 
 
 class ExportedDetector(nn.Module):
-    """An exported detector as a model that MMEngine's test loop runs, and an evaluator judges.
+    """An exported detector as a model for MMEngine's test loop and its evaluators.
 
     Args:
-        data_preprocessor: That of the detector.
-        detect: The exported detector, as `mmdcn.deployment.load` gives it.
+        data_preprocessor: The `data_preprocessor` of the original detector.
+        detect: The exported detector, as `mmdcn.deployment.load` returns it.
     """
 
     def __init__(self, data_preprocessor: nn.Module, detect: Callable[[Tensor, Tensor], Detections]) -> None:
@@ -26,7 +26,7 @@ class ExportedDetector(nn.Module):
         self.data_preprocessor, self.detect = data_preprocessor, detect
 
     def test_step(self, data: dict[str, Any]) -> list[DetDataSample]:
-        """Detect objects in a batch of the data loader's, in pixels of the original images."""
+        """Detect objects in a batch of the data loader; boxes are in pixels of the original images."""
         data = self.data_preprocessor(data, False)
         samples = data['data_samples']
         sizes = torch.tensor([sample.img_shape[:2] for sample in samples])
@@ -40,15 +40,16 @@ class ExportedDetector(nn.Module):
 
 
 def distances(first: InstanceData, second: InstanceData) -> Tensor:
-    """Tell how far the detections of an image by two detectors are apart.
+    """Measure the distances between the detections of two detectors on one image.
 
     Args:
         first: N detections, with `bboxes`, `scores` and `labels`.
         second: M detections.
 
     Returns:
-        For each detection of either, [N + M], how far the nearest of the other with the same label is: the largest
-        difference of a coordinate, in pixels, or of the scores. Infinite if there is none.
+        The distance of each detection, [N + M], to the nearest detection of the other detector with the same label.
+        The distance is the largest difference of a coordinate, in pixels, or of the scores. It is infinite if the
+        other detector has no detection with this label.
     """
     rows, columns = (torch.cat([found.bboxes, found.scores[:, None]], dim=1) for found in (first, second))
     apart = torch.cdist(rows, columns, p=torch.inf)

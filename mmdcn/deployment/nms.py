@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing among candidates with shapes that do not depend on the data: best scores, and non-maximum suppression."""
+"""Select candidates by score and non-maximum suppression, with shapes that do not depend on the data."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,18 +10,18 @@ from torch import Tensor
 
 import mmdcn.ops  # noqa: F401  (loads the core)
 
-NONE = -1.0  # the score of a place with no candidate
+NONE = -1.0  # the score of an empty entry, which holds no candidate
 
 
 class Candidates(NamedTuple):
-    """Boxes of a batch of images, as many for each; a place with the score `NONE` is empty."""
+    """Boxes of a batch of images, the same number for each image; an entry with the score `NONE` is empty."""
 
     boxes: Tensor  # [B, N, 4], (x1, y1, x2, y2)
     scores: Tensor  # [B, N]
-    groups: Tensor  # [B, N]: a box suppresses those of its own group alone
+    groups: Tensor  # [B, N]; a box suppresses only boxes of its own group
 
     def take(self, scores: Tensor, index: Tensor) -> 'Candidates':  # both [B, K]
-        """Select candidates by their places, with other scores."""
+        """Select candidates by their indices, and give them new scores."""
         boxes = self.boxes.gather(1, index[..., None].expand(-1, -1, 4))
         return Candidates(boxes, scores, self.groups.gather(1, index))
 
@@ -32,14 +32,15 @@ def _fake(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: 
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Find the `count` best scores of each image, and their places; there may be fewer than that.
+    """Find the `count` best scores of each image, and their indices.
 
     Args:
         scores: The scores, [B, N].
-        count: How many to find.
+        count: The number of scores to return. It may be larger than N.
 
     Returns:
-        The scores, in descending order, and the places, both [B, count]; for lack of scores, `NONE` at any place.
+        The scores in descending order, and their indices, both [B, count]. Missing scores are `NONE`, with an
+        arbitrary index.
     """
     padded = F.pad(scores, (0, count), value=NONE)
     top, index = padded.topk(count)
@@ -47,16 +48,16 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def suppress(candidates: Candidates, nms: Mapping[str, Any], count: int) -> Candidates:
-    """Suppress what `mmcv.ops.batched_nms` does, and keep the best `count` candidates of each image.
+    """Suppress the same boxes as `mmcv.ops.batched_nms`, and keep the best `count` candidates of each image.
 
     Args:
         candidates: The candidates.
         nms: The config, such as `dict(type='nms', iou_threshold=0.5)`.
-        count: How many to keep; images with fewer have empty places.
+        count: The number of candidates to keep. Images with fewer candidates get empty entries.
     """
     boxes = candidates.boxes
     if not nms.get('class_agnostic', False):
-        # mmcv moves the groups apart; so do we, since this rounds the boxes of later groups.
+        # As in mmcv, each group is shifted apart from the others: the shift rounds the boxes, and results must match.
         present = (candidates.scores > NONE)[..., None]
         step = torch.where(present, boxes, 0).amax((1, 2), keepdim=True) + 1
         boxes = boxes + candidates.groups[..., None] * step
@@ -65,21 +66,21 @@ def suppress(candidates: Candidates, nms: Mapping[str, Any], count: int) -> Cand
 
 
 def check_test_cfg(cfg: Mapping[str, Any], place: str, *counts: str) -> None:
-    """Check that a `test_cfg` asks for what `suppress` does, and says how many boxes to keep.
+    """Check that `suppress` supports the suppression of a `test_cfg`, and that the number of boxes is limited.
 
     Args:
         cfg: The config.
-        place: Its name, for the message.
+        place: The name of the config, for the message.
         counts: The keys that must be positive.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If the suppression is not supported, or one of the keys is not positive.
     """
     nms = cfg.get('nms')
     known = {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
     if nms is None or nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or nms.keys() - known:
         raise ValueError(
-            f"{place}.nms must be dict(type='nms', iou_threshold=…), with class_agnostic at most, to be exported, "
+            f"{place}.nms must be dict(type='nms', iou_threshold=…), optionally with class_agnostic, to be exported, "
             f'got {nms}'
         )
     for key in counts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of exported detectors: written, with what a program must know to use them, and loaded again."""
+"""Write exported detectors to files, with the metadata that a program needs to use them, and load them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,25 +19,26 @@ Detections = tuple[Tensor, Tensor, Tensor]  # what Detector.forward returns
 
 
 def describe(model: Any, cfg: Config) -> dict[str, str]:
-    """Tell what a program must do with an image before a detector sees it, and what the labels mean.
+    """Describe how a program must preprocess images for a detector, and what its labels mean.
 
     Args:
         model: The detector.
         cfg: Its config.
 
     Returns:
-        Numbers are separated by spaces, class names by line ends:
+        The metadata; numbers are separated by spaces, class names by newlines:
 
         - `classes`: the name of each label.
-        - `channels`: `rgb` or `bgr`, their order in `images`.
-        - `mean`, `std`: of each channel, in that order; `images` are (pixel - mean) / std, pixels from 0 to 255.
-        - `pad_size_divisor`, `pad_value`: images are padded at the right and the bottom, after they are normalized,
-          with this value to multiples of this size.
-        - `scale`, `keep_ratio`: the arguments of the `Resize` of the test pipeline, if it has one.
+        - `channels`: `rgb` or `bgr`, the order of the channels in `images`.
+        - `mean`, `std`: one value per channel, in that order; `images` are (pixel - mean) / std, for pixels from 0 to
+          255.
+        - `pad_size_divisor`, `pad_value`: after normalization, images are padded with this value at the right and the
+          bottom, to multiples of this size.
+        - `scale`, `keep_ratio`: the arguments of `Resize` in the test pipeline, if it has one.
     """
     preprocessor = model.data_preprocessor
     normalizes = preprocessor._enable_normalize
-    # Pictures are loaded as BGR.
+    # mmcv loads images as BGR.
     facts: dict[str, Any] = {
         'classes': '\n'.join(model.dataset_meta['classes']),
         'channels': 'rgb' if preprocessor._channel_conversion else 'bgr',
@@ -57,17 +58,17 @@ def _text(value: Any) -> str:
 
 
 def export_onnx(model: nn.Module, path: Path | str, metadata: dict[str, str], **settings: Any) -> None:
-    """Write a detector as an ONNX model of standard operators alone.
+    """Write a detector as an ONNX model that uses only standard operators.
 
     Args:
         model: The detector.
         path: The file to write.
-        metadata: What `describe` tells, or more; for the model's `metadata_props`.
+        metadata: The result of `describe`, possibly with more entries, for the model's `metadata_props`.
         settings: Arguments of `mmdcn.deployment.export`.
 
     Raises:
         NotImplementedError: If the detector, or a part of it, predicts in a way that cannot be exported.
-        ValueError: If its `test_cfg` asks for another suppression than `nms`.
+        ValueError: If its `test_cfg` sets a suppression other than `nms`, or does not limit the number of boxes.
     """
     from mmdcn.onnx import TRANSLATIONS  # needs onnxscript
 
@@ -79,24 +80,25 @@ def export_onnx(model: nn.Module, path: Path | str, metadata: dict[str, str], **
         dynamo=True,
         verbose=False,
     )
-    assert program is not None  # as it is with dynamo=True
+    assert program is not None  # dynamo=True always returns a program
     program.model.metadata_props.update(metadata)
     with replacing(Path(path)) as beside:
         program.save(beside)
 
 
 def export_aoti(model: nn.Module, path: Path | str, metadata: dict[str, str], **settings: Any) -> None:
-    """Compile a detector with AOTInductor, for machines like this one.
+    """Compile a detector with AOTInductor, for machines of the same kind as this one.
 
     Args:
-        model: The detector, on the device where it is to run.
-        path: The file to write, whose name ends with .pt2.
-        metadata: What `describe` tells, or more; for the package's metadata.
+        model: The detector, on the device that it will run on.
+        path: The file to write. Its name must end with .pt2.
+        metadata: The result of `describe`, possibly with more entries, for the package's metadata.
         settings: Arguments of `mmdcn.deployment.export`.
 
     Raises:
         NotImplementedError: If the detector, or a part of it, predicts in a way that cannot be exported.
-        ValueError: If its `test_cfg` asks for another suppression than `nms`, or the name does not end with .pt2.
+        ValueError: If its `test_cfg` sets a suppression other than `nms`, or does not limit the number of boxes, or
+            the file name does not end with .pt2.
     """
     if Path(path).suffix != '.pt2':
         raise ValueError(f'the name of a package must end with .pt2, got {path}')
@@ -105,16 +107,16 @@ def export_aoti(model: nn.Module, path: Path | str, metadata: dict[str, str], **
 
 
 def load(path: Path | str) -> Callable[[Tensor, Tensor], Detections]:
-    """Load what `export_onnx` or `export_aoti` has written: ONNX Runtime runs the former, on the CPU.
+    """Load a file of `export_onnx` or `export_aoti`; ONNX Runtime runs the former, on the CPU.
 
     Args:
-        path: The file, whose name ends with .onnx or .pt2.
+        path: The file. Its name must end with .onnx or .pt2.
 
     Returns:
         A function with the arguments and results of `Detector.forward`.
 
     Raises:
-        ValueError: If the name ends with anything else.
+        ValueError: If the name has another ending.
     """
     suffix = Path(path).suffix
     if suffix == '.pt2':

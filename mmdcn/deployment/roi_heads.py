@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the box heads of two-stage detectors predict, of regions of a fixed number."""
+"""The predictions of the box heads of two-stage detectors, for a fixed number of regions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from mmdcn.deployment.dense_heads import clip
 from mmdcn.deployment.nms import NONE, Candidates
 
 _HEADS = (roi_heads.StandardRoIHead, roi_heads.CascadeRoIHead)
-_METHODS = ('predict_bbox', '_bbox_forward')  # what `candidates` does instead
+_METHODS = ('predict_bbox', '_bbox_forward')  # methods that `candidates` replaces
 
 
 def check_head(head: Any) -> None:
     """Check that the boxes of an RoI head can be exported.
 
     Raises:
-        NotImplementedError: If they cannot.
+        NotImplementedError: If they cannot be exported.
     """
     if not any(all(getattr(type(head), name) is getattr(known, name) for name in _METHODS) for known in _HEADS):
         names = ' and '.join(known.__name__ for known in _HEADS)
@@ -51,13 +51,13 @@ def candidates(head: Any, features: Sequence[Tensor], proposals: Candidates, siz
     """Return the boxes of an RoI head before non-maximum suppression.
 
     Args:
-        head: The head, of one stage or a cascade.
+        head: The head, with one stage or a cascade of stages.
         features: The feature maps, [B, C, H, W] each.
-        proposals: The regions, R for each image.
-        sizes: Height and width of each image, [B, 2], to which boxes are clipped.
+        proposals: The regions, R per image.
+        sizes: Height and width of each image, [B, 2], to which the boxes are clipped.
 
     Returns:
-        The boxes, one of each class for each region; their groups are the labels.
+        The boxes, one per region and class. Their groups are the labels.
     """
     batch, count = proposals.scores.shape
     boxes, total = proposals.boxes, torch.zeros(())
@@ -81,7 +81,7 @@ def candidates(head: Any, features: Sequence[Tensor], proposals: Candidates, siz
 
 
 def _stages(head: Any) -> list[tuple[Any, Any]]:
-    """List the extractor and the box head of each stage."""
+    """Return the RoI extractor and the box head of each stage."""
     if isinstance(head, roi_heads.CascadeRoIHead):
         return list(zip(head.bbox_roi_extractor, head.bbox_head, strict=True))
     return [(head.bbox_roi_extractor, head.bbox_head)]
@@ -92,7 +92,7 @@ def _clip(box_head: Any, boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _features(head: Any, extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tensor:  # [B * R, C, ph, pw]
-    """Pool each region from the feature map that its size asks for."""
+    """Pool each region from the feature map that suits its size."""
     images = torch.arange(boxes.shape[0], device=boxes.device).to(boxes).expand(boxes.shape[1], -1).T
     rois = torch.cat([images[..., None], boxes], dim=2).flatten(0, 1)
     levels = extractor.map_roi_levels(rois, extractor.num_inputs)

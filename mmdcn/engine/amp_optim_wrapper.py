@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed precision on a CPU."""
+"""Mixed-precision training on a CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +19,17 @@ from mmdcn.registry import OPTIM_WRAPPERS
 
 @OPTIM_WRAPPERS.register_module()
 class AmpOptimWrapper(optim.AmpOptimWrapper):
-    """mmengine's AmpOptimWrapper, which also trains on a CPU: in bfloat16, whose range needs no scale of the loss.
+    """mmengine's AmpOptimWrapper, which also trains on a CPU: in bfloat16, whose range needs no loss scaling.
 
-    Regions are extracted in float32 there, since bfloat16 would round their coordinates to 8 bits, and so do mmcv's
-    operators compute, which have no bfloat16 on a CPU. A checkpoint of a CPU resumes on a GPU, and the other way round.
+    On a CPU, regions are extracted in float32, since bfloat16 would round their coordinates to 8 bits. mmcv's operators
+    compute in float32 too, since they have no bfloat16 kernels for CPUs. A checkpoint from a CPU resumes on a GPU, and
+    vice versa.
 
     Args:
-        loss_scale: On a GPU as mmengine has it; without effect on a CPU.
-        dtype: On a GPU as mmengine has it; on a CPU bfloat16, whatever is given.
-        use_fsdp: On a GPU as mmengine has it; without effect on a CPU.
-        kwargs: mmengine's arguments of an OptimWrapper.
+        loss_scale: On a GPU as in mmengine; ignored on a CPU.
+        dtype: On a GPU as in mmengine; ignored on a CPU, which uses bfloat16.
+        use_fsdp: On a GPU as in mmengine; ignored on a CPU.
+        kwargs: The arguments of mmengine's OptimWrapper.
     """
 
     def __init__(
@@ -49,15 +50,15 @@ class AmpOptimWrapper(optim.AmpOptimWrapper):
         _use_float32_in_mmcv()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer, and on a GPU that of the loss's scale."""
+        """Return the state of the optimizer, and on a GPU also that of the loss scaler."""
         state = super().state_dict()
         if self.on_cpu:
-            del state['loss_scaler']  # a GPU would refuse an empty one
+            del state['loss_scaler']  # it is empty, which a GPU would refuse to load
         return state
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Compute in mixed precision within."""
+        """Return a context that computes in mixed precision."""
         with super().optim_context(model):
             if not self.on_cpu:
                 yield
@@ -67,7 +68,7 @@ class AmpOptimWrapper(optim.AmpOptimWrapper):
 
 
 def _extract_regions_in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Keep mmdet from bringing the regions to the type of the features."""
+    """Cast the inputs of RoI extraction to float32, since mmdet casts the regions to the type of the features."""
     return tree_map(_float32, args) if 'roi_layers' in module._modules else None
 
 
@@ -77,7 +78,7 @@ def _float32(value: Any) -> Any:
 
 @cache
 def _use_float32_in_mmcv() -> None:
-    """Have mmcv's operators take what they are given under a CPU's autocast in float32; nothing else is changed."""
+    """Make mmcv's operators cast their inputs to float32 under autocast on a CPU; nothing else changes."""
     import_module('mmcv.ops')
     for function in torch.autograd.Function.__subclasses__():
         if function.__module__.startswith('mmcv.ops.'):

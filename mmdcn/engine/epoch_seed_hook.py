@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs whose results do not depend on interruptions."""
+"""A hook that makes a resumed run equal to an uninterrupted one."""
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, set_random_seed
@@ -9,10 +9,10 @@ from mmdcn.registry import HOOKS
 
 @HOOKS.register_module()
 class EpochSeedHook(Hook):
-    """Seed every random generator anew at each epoch, from the run's seed and the epoch's number.
+    """Reseed every random generator at the start of each epoch, from the run's seed and the epoch number.
 
-    mmengine's checkpoints do not hold the state of the generators, which draw the samples of anchors and the
-    augmentations, so a resumed run draws other numbers. With this hook, and data loaded in the main process
+    mmengine's checkpoints do not contain the state of the random generators, which sample anchors and draw
+    augmentations. So a resumed run draws other numbers. With this hook, and with data loaded in the main process
     (`num_workers=0`), a run that is resumed at an epoch gives the same bits as one that was not interrupted.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with the parameters sharded over the processes."""
+"""A training strategy that shards the parameters over the processes."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ fsdp: Any = mmengine_fsdp()
 
 @STRATEGIES.register_module()
 class FSDPStrategy(fsdp.FSDPStrategy):
-    """mmengine's FSDPStrategy, which also resumes a run, and also trains on CPUs.
+    """mmengine's FSDPStrategy, which can also resume a run and train on CPUs.
 
     The arguments are those of `mmengine.FSDPStrategy`; `configs/_base_/strategies/fsdp.py` sets them.
     """
@@ -27,7 +27,7 @@ class FSDPStrategy(fsdp.FSDPStrategy):
         return super()._wrap_model(model)
 
     def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the optimizer's state. mmengine passes torch's arguments in the order of an older torch."""
+        """Load the optimizer's state; mmengine passes the arguments to torch in the order of an older version."""
         optimizer = self.optim_wrapper.optimizer
         state_dict = fsdp.FSDP.optim_state_dict_to_load(self.model, optimizer, optim_state_dict=state_dict)
         self.optim_wrapper.load_state_dict(state_dict)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to a runner, with a message for every error that a user can fix."""
+"""The way from a command line to a runner, with a message for every error that a user can fix."""
 
 import argparse
 import ast
@@ -47,7 +47,7 @@ class Options(argparse.Action):
     """mmengine's DictAction, which also takes dicts: `KEY=[dict(type="EMAHook")]`."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
-        """Add the settings to those that were given before."""
+        """Add the settings to those given before."""
         options = dict(getattr(namespace, self.dest) or {})
         for setting in values:
             key, separator, text = setting.partition('=')
@@ -55,10 +55,10 @@ class Options(argparse.Action):
                 raise argparse.ArgumentError(self, f'must be KEY=VALUE, got {setting!r}')
             try:
                 options[key] = _parse_value(text)
-            except (ValueError, SyntaxError, RecursionError, AssertionError) as error:  # the last two are mmengine's
+            except (ValueError, SyntaxError, RecursionError, AssertionError) as error:  # mmengine raises the last two
                 raise argparse.ArgumentError(
                     self,
-                    f'{key} must be a number, a word, or a list, tuple or dict of such, as in Python, got {text!r}',
+                    f'{key} must be a number, a word, or a list, tuple or dict of these, as in Python, got {text!r}',
                 ) from error
         setattr(namespace, self.dest, options)
 
@@ -70,7 +70,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _value_of(node: ast.expr) -> Any:
-    """Return the value of an expression; a word needs no quotes, as everywhere in an option."""
+    """Return the value of an expression; a word needs no quotes, as in every option."""
     match node:
         case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(one.arg for one in keywords):
             return {one.arg: _value_of(one.value) for one in keywords}
@@ -86,7 +86,7 @@ def _value_of(node: ast.expr) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing share; they are those of mmdet's tools."""
+    """Add the arguments that training and testing share; they are the same as in mmdet's tools."""
     parser.add_argument('--work-dir', help='folder for logs and checkpoints [work_dirs/CONFIG]')
     parser.add_argument(
         '--cfg-options',
@@ -109,7 +109,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """Read the config that a command line names, with its options merged in.
 
     Raises:
-        LaunchError: If the file is missing, or an option is not one of the config's.
+        LaunchError: If the file is missing.
     """
     if not Path(args.config).is_file():
         raise LaunchError(f'config {args.config} does not exist; `ls configs/*` lists those of mmdcn')
@@ -118,7 +118,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
-        if 'custom_imports' in cfg:  # fromfile has imported those of the file alone
+        if 'custom_imports' in cfg:  # fromfile has imported only those of the file
             import_modules_from_strings(**cfg.custom_imports)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -128,26 +128,26 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(cfg: Config, *loops: str) -> Runner:
-    """Check that the data is there, and build the runner of a config.
+    """Check that the data exists, and build the runner of a config.
 
     Args:
         cfg: The config.
-        loops: Which of its data loaders the run will use: `train`, `val`, `test`.
+        loops: The data loaders that the run will use: `train`, `val`, `test`.
 
     Raises:
-        LaunchError: If a file of the data is missing.
+        LaunchError: If a file or a folder of the data is missing.
     """
     for loop in loops:
         for dataset in _datasets(cfg.get(f'{loop}_dataloader', {}).get('dataset')):
             _check_dataset(dataset, f'{loop}_dataloader')
-    # Recompiling for each shape of image would otherwise stop at torch's default limit.
+    # torch.compile recompiles for each image shape, and would otherwise reach torch's default limit.
     setup_cache_size_limit_of_dynamo()
     if get_device() == 'cpu':
         _use_amp_of_cpu(cfg)
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _distribute_on_cpu(cfg)
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
-    if isinstance(runner.model, torch.nn.Module):  # a FlexibleRunner builds it later
+    if isinstance(runner.model, torch.nn.Module):  # a FlexibleRunner builds its model later
         accept_version1_keys(runner.model)
     return runner
 
@@ -156,7 +156,7 @@ def build_model(config: str | Path) -> torch.nn.Module:
     """Build the model of a config file.
 
     Raises:
-        LaunchError: If the config names what nothing knows, or a file that is not there.
+        LaunchError: If the config has an error that `explained` explains, such as an unknown type or a missing file.
     """
     cfg = Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
@@ -166,10 +166,10 @@ def build_model(config: str | Path) -> torch.nn.Module:
 
 @contextmanager
 def explained(cfg: Config) -> Iterator[None]:
-    """Name the place in the config of an error that a user can fix.
+    """Replace an error that a user can fix by one that names its cause, where possible with the config key.
 
-    These are a `type` that is not registered, a missing file, weights that need torchvision, and a checkpoint that
-    holds more than data.
+    Such errors are a `type` that is not registered, a missing file, weights that need torchvision, and a checkpoint
+    that contains more than data.
 
     Raises:
         LaunchError: Instead of such an error. All other errors keep their traceback.
@@ -177,7 +177,7 @@ def explained(cfg: Config) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        name = error.filename or str(error).removesuffix(' can not be found.')  # mmengine's words
+        name = error.filename or str(error).removesuffix(' can not be found.')  # mmengine's wording
         places = [place for place, text in _texts(dict(cfg.items()), '') if text == str(name)]
         if not places:
             raise
@@ -198,7 +198,7 @@ def explained(cfg: Config) -> Iterator[None]:
         what = found[1] if found else 'something other than tensors'
         raise LaunchError(
             f'the checkpoint named above holds {what}, and might run code when it is loaded. If you trust its source, '
-            "keep its weights alone: torch.save({'state_dict': torch.load(OLD, weights_only=False)['state_dict']}, NEW)"
+            "keep only its weights: torch.save({'state_dict': torch.load(OLD, weights_only=False)['state_dict']}, NEW)"
         ) from error
     except KeyError as error:
         scope = cfg.get('default_scope', 'mmengine')
@@ -211,9 +211,9 @@ def explained(cfg: Config) -> Iterator[None]:
 
 
 def mend_last_checkpoint(work_dir: Path) -> None:
-    """Restore the file `last_checkpoint` if a kill has left it empty: mmengine rewrites it in place.
+    """Restore the file `last_checkpoint` if a killed run has left it empty, since mmengine rewrites it in place.
 
-    It is written after its checkpoint, so the newest checkpoint is complete.
+    mmengine writes it after the checkpoint that it names, so the newest checkpoint is complete.
     """
     note = work_dir / 'last_checkpoint'
     if note.exists() and not note.read_text():
@@ -224,7 +224,7 @@ def mend_last_checkpoint(work_dir: Path) -> None:
 
 def run(main: Callable[[], None]) -> int:
     """Run a tool, and print an error that a user can fix as one line instead of a traceback."""
-    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # onedl-mmengine would retry without it, and load anything
+    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'  # else onedl-mmengine retries with weights_only=False
     allow_mmengine_checkpoints()
     try:
         main()
@@ -232,12 +232,12 @@ def run(main: Callable[[], None]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 1
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else its threads may end the process with an abort
+        torch.distributed.destroy_process_group()  # else its threads may abort the process at its end
     return 0
 
 
 def _use_amp_of_cpu(cfg: Config) -> None:
-    """Replace mmengine's AmpOptimWrapper, which refuses a CPU."""
+    """Replace mmengine's AmpOptimWrapper, which refuses a CPU, by mmdcn's."""
     wrapper = cfg.get('optim_wrapper') or {}
     if str(getattr(wrapper.get('type'), '__name__', wrapper.get('type'))).split('.')[-1] == 'AmpOptimWrapper':
         wrapper['type'] = 'mmdcn.AmpOptimWrapper'
@@ -251,7 +251,7 @@ def _distribute_on_cpu(cfg: Config) -> None:
 
 
 def _datasets(dataset: ConfigDict | None) -> Iterator[ConfigDict]:
-    """Walk through wrappers such as RepeatDataset and ConcatDataset to the data sets that read files."""
+    """Yield the data sets that read files, also those inside wrappers such as RepeatDataset and ConcatDataset."""
     if dataset is None:
         return
     inner = [dataset['dataset']] if 'dataset' in dataset else dataset.get('datasets', [])
@@ -276,13 +276,13 @@ def _check_dataset(dataset: ConfigDict, loader: str) -> None:
             hint = next((how for what, how in _CONVERTERS.items() if what in path.as_posix()), None)
             raise LaunchError(
                 f'{loader}.dataset.{key}: {path} does not exist. '
-                + (f'Get it by `{hint}`, or set' if hint else 'Set')
+                + (f'Get it with `{hint}`, or set' if hint else 'Set')
                 + f' {loader}.dataset.data_root and {key} to where it is'
             )
 
 
 def _unknown_types(cfg: Config, scope: str) -> Iterator[tuple[str, str]]:
-    """Yield the place and the name of every `type` that neither a registry nor mmcv.ops has."""
+    """Yield the config key and the name of every `type` that neither a registry nor mmcv.ops has."""
     for place, name in _types(dict(cfg.items()), ''):
         full_name = name if '.' in name else f'{scope}.{name}'
         if not any(registry.get(full_name) for registry in _ROOTS) and not hasattr(mmcv.ops, name):
@@ -290,12 +290,12 @@ def _unknown_types(cfg: Config, scope: str) -> Iterator[tuple[str, str]]:
 
 
 def _types(node: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Yield the place and the name of every `type`."""
+    """Yield the config key and the name of every `type`."""
     return ((where, text) for where, text in _texts(node, place) if where.split('.')[-1] == 'type')
 
 
 def _texts(node: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Yield every text of a config with its place, such as `model.neck[0].type`."""
+    """Yield every string of a config with its key, such as `model.neck[0].type`."""
     if isinstance(node, str):
         yield place, node
     elif isinstance(node, dict):

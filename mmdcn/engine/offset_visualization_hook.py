@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offsets in the logs of a training, and a warning when they run away."""
+"""A hook that logs offsets during training, draws them, and warns when they run away."""
 
 import logging
 import math
@@ -27,25 +27,26 @@ class OffsetVisualizationHook(Hook):
     """Log the offsets of every deformable layer, draw them, and warn when they run away.
 
     Every `interval` training iterations it sends four numbers for each layer to the visualizer's backends:
-    `offsets/LAYER/mean`, `.../percentile_99` (lengths, in pixels of the map that the layer samples), `.../relative`
-    (the mean over the shorter side of that map) and `.../outside` (of the samples that begin inside the map, the share
-    that the offsets move out of it). In each validation it draws for the first image the sampling points of one, two
-    and three layers, and the maps of offsets and masks: `offset_points` and
-    `offset_maps`.
+    `offsets/LAYER/mean` and `.../percentile_99` (of the offset lengths, in pixels of the map that the layer samples),
+    `.../relative` (the mean divided by the shorter side of that map) and `.../outside` (of the samples that start
+    inside the map, the share that the offsets move out of it). In each validation it draws two pictures of the first
+    image: `offset_points` shows the sampling points of one, two and three layers, and `offset_maps` the maps of offsets
+    and masks.
 
-    Offsets run away when more than `max_outside` of a layer's samples have left its map, or are not finite: a warning
-    names the layer, once in a run. Outside the map all is zero, so such a layer sees little, and on an image of
-    another size it sees something else there. What was measured in trainings with AdamW of ResNet-18 with DCNv2, on
-    crops of 160 x 160 pixels: with the offsets at a tenth of the learning rate at most 0.03 of a layer's samples leave
-    the map; at the full rate 0.58 to 0.79 do in c5, from the first epoch on, and up to 0.19 in c3 and c4.
+    Offsets have run away when they move more than `max_outside` of a layer's samples out of its map, or are not finite.
+    A warning then names the layer, once in a run. Everything outside the map is zero, so such a layer sees little, and
+    on an image of another size it sees something else there. Measured with ResNet-18 with DCNv2, trained by AdamW on
+    crops of 160 x 160 pixels: with a tenth of the learning rate for the offsets, at most 0.03 of a layer's samples
+    leave the map. With the full rate, 0.58 to 0.79 leave it in c5, from the first epoch on, and up to 0.19 in c3 and
+    c4.
 
     Args:
-        interval: Training iterations from one measurement to the next, at least 1.
-        max_outside: The share above which offsets have run away, from 0 to 1.
-        draw: Whether to draw in validations; it needs matplotlib.
+        interval: Number of training iterations from one measurement to the next, at least 1.
+        max_outside: The share of samples above which offsets have run away, from 0 to 1.
+        draw: Whether to draw during validation, which needs matplotlib.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Example:
         `custom_hooks = [dict(type='mmdcn.OffsetVisualizationHook', interval=50)]`
@@ -64,13 +65,13 @@ class OffsetVisualizationHook(Hook):
         self._watching = ExitStack()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Begin to watch the layers, every so many iterations."""
+        """Start to watch the layers, every `interval` iterations."""
         if self.every_n_train_iters(runner, self.interval):
             self._statistics = {}
             self._watching.enter_context(watched(_model(runner), self._measure))
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Log what was measured."""
+        """Log the measurements."""
         self._watching.close()
         scalars: dict[str, float] = {}
         for name, calls in self._statistics.items():
@@ -105,7 +106,7 @@ class OffsetVisualizationHook(Hook):
         runner.logger.log(
             logging.WARNING,
             f'The offsets of {name} have run away: {state}, with a mean length of {values["mean"]:.1f} pixels, '
-            f'{values["relative"]:.2f} of its shorter side. Train them at a tenth of the learning rate: '
+            f'{values["relative"]:.2f} of the shorter side of the map. Train them with a tenth of the learning rate: '
             "optim_wrapper = dict(constructor='mmdcn.DCNOptimWrapperConstructor', "
             'paramwise_cfg=dict(dcn_offset_lr_mult=0.1))',
         )
@@ -118,7 +119,7 @@ def _model(runner: Runner) -> nn.Module:
 def _pictures(
     recorder: SamplingRecorder, data_batch: dict[str, Any], outputs: Sequence[Any]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Draw the sampling points around the best detection, or the middle of the image, and the maps."""
+    """Draw the sampling points at the centre of the best detection, or else of the image, and the maps."""
     from mmdcn.visualization.drawing import Picture, maps_figure, pixels_of, points_figure
 
     image = data_batch['inputs'][0]  # [3, H, W], as it was loaded: BGR

@@ -20,9 +20,9 @@ _PREDICTS_OFFSETS = re.compile(
 class DCNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's constructor, whose `dcn_offset_lr_mult` reaches every layer that predicts offsets, and only those.
 
-    mmengine's own reaches those inside mmcv's deformable layers and their subclasses, mmdcn's among them. Heads and
-    necks keep theirs beside the layer. The rule: a layer that serves nothing but the offsets (and masks) of a
-    deformable convolution predicts offsets. By the name of the module, these are:
+    mmengine's constructor reaches only those inside mmcv's deformable layers and their subclasses, which include
+    mmdcn's. Heads and necks keep theirs outside the deformable layer. The rule: a layer predicts offsets if its output
+    is used only as the offsets (and masks) of a deformable convolution. These layers are found by module name:
 
     - `conv_offset` in packed layers, whatever their class; FoveaBox's FeatureAlign; guided anchoring's FeatureAdaption
     - `spatial_conv_offset` in DyHead
@@ -31,14 +31,13 @@ class DCNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - `tl_dcn_offset` and `br_dcn_offset` in CentripetalNet
     - `reg_offset_module` in TOOD, both of its convolutions
 
-    It does not reach the layers whose output is also a prediction with a loss of its own (the points of RepPoints, the
-    boxes of VFNet), nor the fully connected ones of deformable RoI pooling. `custom_keys` takes
-    precedence, as in mmengine.
+    It does not reach layers whose output is also a prediction with its own loss (the points of RepPoints, the boxes of
+    VFNet), nor the fully connected layers of deformable RoI pooling. `custom_keys` takes precedence, as in mmengine.
 
     Args:
-        optim_wrapper_cfg: As of `mmengine.optim.DefaultOptimWrapperConstructor`.
-        paramwise_cfg: Likewise. `dcn_offset_lr_mult` is a factor on the learning rate, 0 or more. As for mmengine's,
-            the rules for biases do not apply to the layers that it reaches. If it reaches none, a warning says so.
+        optim_wrapper_cfg: As in `mmengine.optim.DefaultOptimWrapperConstructor`.
+        paramwise_cfg: Likewise. `dcn_offset_lr_mult` is a factor on the learning rate, 0 or more. As in mmengine, the
+            rules for biases do not apply to the layers that it reaches. If it reaches none, a warning says so.
 
     Example:
         `optim_wrapper = dict(constructor='mmdcn.DCNOptimWrapperConstructor',
@@ -64,7 +63,7 @@ class DCNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: int | float | None = None,
     ) -> None:
-        """Add the parameters of a module and of its children, as mmengine's method of this name does."""
+        """Add the parameters of a module and its children, like mmengine's method of this name."""
         if not _PREDICTS_OFFSETS.search(prefix):
             super().add_params(params, module, prefix, is_dcn_module)
             return
@@ -73,5 +72,5 @@ class DCNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         factor = self.paramwise_cfg.get('dcn_offset_lr_mult')
         if factor is not None:
             for group in params[start:]:
-                group.setdefault('lr', self.base_lr * factor)  # set already: by custom_keys
+                group.setdefault('lr', self.base_lr * factor)  # custom_keys may have set it
                 self._reached = True

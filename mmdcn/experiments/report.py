@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of the runs that are finished."""
+"""Tables and plots of the finished runs."""
 
 from copy import deepcopy
 from functools import partial
@@ -29,29 +29,29 @@ means that the interval contains 0.
 
 
 def count_parameters(cfg: Config) -> int:
-    """Count the parameters of the model of a config."""
+    """Count the parameters of a config's model."""
     register_all_modules()
     with torch.device('meta'):
         return sum(parameter.numel() for parameter in MODELS.build(deepcopy(cfg.model)).parameters())
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    """Return the mean, and the standard deviation of a sample."""
+    """Format the mean and the sample standard deviation."""
     return f'{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}'
 
 
 def difference(values: list[float], baseline: list[float]) -> tuple[str, str]:
-    """Return the difference of the means with its interval, and which is higher, if that is known."""
+    """Format the difference of the means with its 95 % confidence interval, and which mean is higher."""
     low, high = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval(0.95)
     verdict = 'higher' if low > 0 else 'lower' if high < 0 else 'none shown'
     return f'{np.mean(values) - np.mean(baseline):+.1f} ({low:+.1f} to {high:+.1f})', verdict
 
 
-Figures = dict[Experiment, dict[str, list[float]]]  # per cent, by metric, one for each seed
+Figures = dict[Experiment, dict[str, list[float]]]  # per cent, by metric, one value per seed
 
 
 def table(chosen: ExperimentSet, figures: Figures, parameters: dict[Experiment, int]) -> str:
-    """Make the table in Markdown."""
+    """Format the table in Markdown."""
     rows = []
     for experiment, values in figures.items():
         compared = ('', '')
@@ -65,7 +65,7 @@ def table(chosen: ExperimentSet, figures: Figures, parameters: dict[Experiment, 
 
 
 def plot(chosen: ExperimentSet, figures: Figures, path: Path) -> None:
-    """Draw the AP of every series."""
+    """Plot the AP of every series."""
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     ax = figure.subplots()
     all_series = list(dict.fromkeys(experiment.series for experiment in figures))
@@ -74,7 +74,7 @@ def plot(chosen: ExperimentSet, figures: Figures, path: Path) -> None:
         means, deviations = ([f(values) for values in points.values()] for f in (np.mean, partial(np.std, ddof=1)))
         if all(isinstance(x, float) for x in points):
             line, place = '-', ax.transData
-        else:  # side by side above the name of the category
+        else:  # the series side by side above each category
             line, place = 'none', Affine2D().translate(0.1 * (index - (len(all_series) - 1) / 2), 0) + ax.transData
         ax.errorbar(
             list(points), means, deviations, marker='o', linestyle=line, capsize=4, label=series, transform=place
@@ -87,10 +87,10 @@ def plot(chosen: ExperimentSet, figures: Figures, path: Path) -> None:
 
 
 def finished(runs: list[Run]) -> Figures:
-    """Read the figures of the experiments of which every run is finished.
+    """Collect the figures of the experiments whose runs are all finished.
 
     Raises:
-        LaunchError: If one has other settings.
+        LaunchError: If a run has other settings.
     """
     figures: Figures = {}
     for experiment in dict.fromkeys(run.experiment for run in runs):
@@ -104,10 +104,10 @@ def finished(runs: list[Run]) -> Figures:
 
 
 def report(name: str, chosen: ExperimentSet, runs: list[Run], out: Path) -> str:
-    """Write the table and the plot of what is finished; give the table.
+    """Write the table and the plot of the finished experiments, and return the table.
 
     Raises:
-        LaunchError: If nothing is.
+        LaunchError: If no experiment is finished.
     """
     figures = finished(runs)
     if not figures:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What finished runs gave, in one JSON file for each data set, which a repository can keep."""
+"""The results of finished runs, in one JSON file per dataset that can be committed."""
 
 import json
 from pathlib import Path
@@ -9,29 +9,29 @@ from mmdcn.utils.files import replacing
 
 
 class Result(TypedDict):
-    """The sha256 of a run's settings, and its metrics by mmengine's names."""
+    """The sha256 of a run's settings, and its metrics under the names of MMEngine."""
 
     settings: str
     metrics: dict[str, float]
 
 
 class Results:
-    """The results in a folder: `DATA.json` is `{CONFIG: {'seed_K': Result}}`, and is read once."""
+    """The results in a folder: `DATA.json` contains `{CONFIG: {'seed_K': Result}}` and is read only once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._read: dict[str, dict[str, dict[str, Result]]] = {}
 
     def path(self, data: str) -> Path:
-        """Return the file of a data set."""
+        """Return the file of a dataset."""
         return self.folder / f'{data}.json'
 
     def find(self, data: str, config: str, seed: int) -> Result | None:
-        """Return the result of a run, or None if it is not finished."""
+        """Return the result of a run, or None if the run is not finished."""
         return self._of(data).get(config, {}).get(f'seed_{seed}')
 
     def keep(self, data: str, config: str, seed: int, result: Result) -> None:
-        """Add the result of a run, on the disk too."""
+        """Add the result of a run, and write the file."""
         of_data = self._of(data)
         of_data.setdefault(config, {})[f'seed_{seed}'] = result
         with replacing(self.path(data)) as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of experiments: what they are made of, where they are kept, and their execution."""
+"""Runs of experiments: their settings, work folders and execution."""
 
 import asyncio
 import fcntl
@@ -28,7 +28,7 @@ from mmdcn.utils.files import replacing
 
 @dataclass(frozen=True)
 class Run:
-    """An experiment with one seed, the results that it belongs to, and the folder that holds all."""
+    """An experiment with one seed, the results to which it adds its own, and the folder for all output."""
 
     experiment: Experiment
     seed: int
@@ -38,56 +38,56 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What tells it from all others: data set, config, seed."""
+        """The key of the run in the results: dataset, config, seed."""
         return self.experiment.data.name, Path(self.experiment.config).stem, self.seed
 
     @property
     def folder(self) -> Path:
-        """Its work folder."""
+        """The work folder."""
         data, config, seed = self.key
         return self.out / 'runs' / data / config / f'seed_{seed}'
 
     @property
     def result(self) -> Result | None:
-        """What it gave, or None if it is not finished."""
+        """The result, or None if the run is not finished."""
         return self.results.find(*self.key)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings that replace those of its config."""
-        # The test after the training takes the place of validations.
+        """The settings that override those of the config."""
+        # The test after the training replaces validation.
         own = {'randomness.seed': self.seed, 'train_cfg.val_begin': sys.maxsize}
         return self.extra_options | self.experiment.options | own
 
     @cached_property
     def cfg(self) -> Config:
-        """Its config, with its options."""
+        """The config, with the options applied."""
         cfg = Config.fromfile(MIM / 'configs' / self.experiment.config)
         cfg.merge_from_dict(self.options)
         return cfg
 
     @cached_property
     def settings(self) -> str:
-        """The sha256 of its config."""
+        """The sha256 of the config with the options applied."""
         return hashlib.sha256(json.dumps(self.cfg.to_dict()).encode()).hexdigest()
 
     @property
     def epochs(self) -> int:
-        """How many epochs it trains."""
+        """The number of epochs to train."""
         return self.cfg.train_cfg.max_epochs
 
     def epochs_done(self) -> int:
-        """Count the epochs that are finished."""
+        """Return the number of finished epochs."""
         if self.result:
             return self.epochs
         last = self.folder / 'last_checkpoint'
         return int(Path(last.read_text()).stem.removeprefix('epoch_') or 0) if last.exists() else 0
 
     def check(self) -> None:
-        """Check that figures of other settings are not taken for its own.
+        """Check that neither the results nor the work folder has a run with other settings.
 
         Raises:
-            LaunchError: If the results or the folder have a run with other settings.
+            LaunchError: If one of them has such a run.
         """
         if self.result:
             data, config, seed = self.key
@@ -96,10 +96,10 @@ class Run:
             _compare(f'{self.folder}', self._noted.read_text(), self.settings)
 
     def claim(self) -> None:
-        """Note the settings in the folder, so that no run with others goes on from its checkpoints.
+        """Write the settings to the work folder, so that no run with other settings resumes from its checkpoints.
 
         Raises:
-            LaunchError: If the results or the folder have a run with other settings.
+            LaunchError: If the results or the work folder have a run with other settings.
         """
         self.check()
         if not self.result and not self._noted.exists():
@@ -111,7 +111,7 @@ class Run:
         return self.folder / 'settings.sha256'
 
     async def execute(self, threads: int, lock: int) -> None:
-        """Train, test and keep the metrics, in processes that hold the lock, and die if this is cancelled.
+        """Train, test and store the metrics, in processes that hold the lock and are killed on cancellation.
 
         Raises:
             LaunchError: If a process fails.
@@ -119,7 +119,7 @@ class Run:
         final = self.folder / f'epoch_{self.epochs}.pth'
         await self._call('train.py', self.folder, ['--resume'], threads, lock)
         await self._call('test.py', self.folder / 'test', [final], threads, lock)
-        metrics = max(self.folder.glob('test/*/*.json'))  # mmengine's, in folders named by their time
+        metrics = max(self.folder.glob('test/*/*.json'))  # MMEngine writes them to folders named by the time
         self.results.keep(*self.key, Result(settings=self.settings, metrics=json.loads(metrics.read_text())))
         for checkpoint in self.folder.glob('epoch_*.pth'):
             if checkpoint != final:
@@ -141,7 +141,7 @@ class Run:
                     process.kill()
                     await process.wait()
         if status != 0:
-            raise LaunchError(f'tools/{tool} ended with status {status}: its last words are in {output.name}')
+            raise LaunchError(f'tools/{tool} ended with status {status}: its output is in {output.name}')
 
 
 def _compare(place: str, found: str, settings: str) -> None:
@@ -151,22 +151,22 @@ def _compare(place: str, found: str, settings: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold the folder's lock. The processes that inherit it keep it when this one is killed."""
+    """Hold the folder's lock. Child processes inherit it, and keep it if this process is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'lock', 'w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f'{folder} is in use, perhaps by what a killed command has left: waiting until it ends', flush=True)
+            print(f'{folder} is in use, perhaps by processes of a killed command: waiting until it is free', flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
 
 
 def prepare(experiment: Experiment) -> None:
-    """Make the data set if it is not there.
+    """Make the dataset if it does not exist.
 
     Raises:
-        LaunchError: If that fails.
+        LaunchError: If the converter fails.
     """
     if not experiment.data.exists():
         strength = [] if experiment.deformation is None else ['--deformation', str(experiment.deformation)]
@@ -176,8 +176,8 @@ def prepare(experiment: Experiment) -> None:
 
 
 async def execute_all(runs: list[Run], jobs: int, lock: int) -> None:
-    """Execute the unfinished runs, so many at a time; if some fail, the others are still executed."""
-    # An exception could come in the middle of starting a process, which would then go on by itself.
+    """Execute the unfinished runs, `jobs` at a time; if some fail, the others are still executed."""
+    # SIGTERM cancels the task. An exception that is raised while a process starts would leave that process running.
     asyncio.get_running_loop().add_signal_handler(
         signal.SIGTERM, cast(asyncio.Task[Any], asyncio.current_task()).cancel
     )
@@ -199,8 +199,8 @@ async def execute_all(runs: list[Run], jobs: int, lock: int) -> None:
 
 
 def train(runs: list[Run], jobs: int, lock: int) -> None:
-    """Make what the runs need, and execute those that are not finished."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it takes down what is started
+    """Make the datasets of the unfinished runs, and execute these runs."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM also ends the child processes
     for run in runs:
         run.claim()
         if not run.result:

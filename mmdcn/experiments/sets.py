@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experiments are compared with which."""
+"""The sets of experiments, each with its baselines."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,23 +8,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the table and one point of the plot."""
+    """A config to train and test: one row of the table and one point of the plot."""
 
     series: str
     x: str | float
     config: str  # in configs/
     baseline: 'Experiment | None' = None
-    deformation: float | None = None  # of the MNIST scenes; None: the data set as the config has it
+    deformation: float | None = None  # of the MNIST scenes; None for the config's dataset
 
     @property
     def data(self) -> Path:
-        """The folder of its data set."""
+        """The folder of the dataset."""
         name = Path(self.config).parent.name
         return Path('data', name if self.deformation is None else f'{name}_{self.deformation}')
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings that the data set asks for."""
+        """The settings that select the dataset."""
         if self.deformation is None:
             return {}
         roots = {f'{loop}_dataloader.dataset.data_root': f'{self.data}/' for loop in ('train', 'val', 'test')}
@@ -34,7 +34,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class ExperimentSet:
-    """The experiments of one table, and what its first two columns are."""
+    """The experiments of one table, and the headers of its first two columns."""
 
     experiments: list[Experiment]
     series_label: str
@@ -42,7 +42,7 @@ class ExperimentSet:
 
 
 def compare_layers(folder: str) -> ExperimentSet:
-    """Plain convolutions, DCN and DCNv2 in both detectors."""
+    """Compare plain convolutions, DCN and DCNv2 in both detectors."""
     ending = f'fpn_6e_{folder.replace("_", "-")}.py'
     layers = {'DCN': '-dconv-c3-c5', 'DCNv2': '-mdconv-c3-c5'}
     detectors = {
@@ -59,7 +59,7 @@ def compare_layers(folder: str) -> ExperimentSet:
 
 
 def compare_stages() -> ExperimentSet:
-    """DCNv2 in more and more stages."""
+    """Compare DCNv2 in an increasing number of stages."""
     config = 'mnist_scenes/faster-rcnn_r18-w32{}_fpn_6e_mnist-scenes.py'
     plain = Experiment('Faster R-CNN', 'none', config.format(''))
     stages = [
@@ -70,7 +70,7 @@ def compare_stages() -> ExperimentSet:
 
 
 def compare_roi_pooling() -> ExperimentSet:
-    """RoIAlign and deformable RoI pooling."""
+    """Compare RoIAlign and deformable RoI pooling."""
     config = 'mnist_scenes/faster-rcnn_r18-w32_fpn_{}6e_mnist-scenes.py'
     plain = Experiment('Faster R-CNN', 'RoIAlign', config.format(''))
     pools = {'deformable': 'dpool_', 'deformable, modulated': 'mdpool_'}
@@ -79,7 +79,7 @@ def compare_roi_pooling() -> ExperimentSet:
 
 
 def compare_offset_rates(folder: str, schedules: dict[str, str]) -> ExperimentSet:
-    """DCNv2 whose offsets learn at several rates."""
+    """Compare learning rates of DCNv2's offsets."""
     experiments = []
     for detector, stem in {'Faster R-CNN': 'faster-rcnn', 'RetinaNet': 'retinanet'}.items():
         config = f'{folder}/{stem}_r18-w32{{}}_{folder.replace("_", "-")}.py'
@@ -91,7 +91,7 @@ def compare_offset_rates(folder: str, schedules: dict[str, str]) -> ExperimentSe
 
 
 def compare_deformations() -> ExperimentSet:
-    """Train and test at the same strength; at 1, the data set's own, the runs are those of `mnist_scenes`."""
+    """Compare strengths of deformation, the same in training and test; at 1 the runs are those of `mnist_scenes`."""
     config = 'mnist_scenes/faster-rcnn_r18-w32{}_fpn_6e_mnist-scenes.py'
     strengths = {0.0: 0.0, 0.5: 0.5, 1.0: None, 1.5: 1.5}
     plain = [Experiment('plain', x, config.format(''), None, strength) for x, strength in strengths.items()]

@@ -8,7 +8,7 @@ from mmdcn.modules._mmcv_layers import MMCV_HAS_OPS
 
 __all__ = ['fuse_conv_bn']
 
-if MMCV_HAS_OPS and find_spec('mmdet') is not None:  # optional, and the base of these
+if MMCV_HAS_OPS and find_spec('mmdet') is not None:  # optional; these classes derive from mmdet's
     from mmdcn.models.resnet import ResNet, ResNetV1d
     from mmdcn.models.roi_extractor import SingleRoIExtractor
 

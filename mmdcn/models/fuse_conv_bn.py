@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch normalization folded into the convolutions before it, plain and deformable, for inference."""
+"""Folding batch normalizations into the convolutions before them, plain or deformable, for inference."""
 
 import logging
 from collections import Counter
@@ -23,7 +23,7 @@ with suppress(ImportError):  # mmdet is optional
 
     _TAKEN_APART = (TaskDecomposition,)
 
-# Their outputs are linear in weight and bias. Those of a subclass need not be: mmcv's ConvWS2d is not.
+# Their outputs are linear in weight and bias. A subclass may differ: mmcv's ConvWS2d is not linear in its weight.
 _CONVS = {
     nn.Conv2d,
     Conv2d,
@@ -39,19 +39,20 @@ _NORMS = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
     """Fold each batch normalization into the convolution that feeds it, plain or deformable.
 
-    The fused model computes what the model computes in eval mode, up to rounding: a deformable convolution, too, is
-    linear in its weight and bias. It is not for training.
+    Up to rounding, the fused model computes the same as the model in eval mode: a deformable convolution, too, is
+    linear in its weight and bias. The fused model is not for training.
 
-    Which convolution feeds a normalization is not guessed from the order of their definition, as in mmcv's function
-    of this name: the forward of the module that holds them is traced (`torch.fx`, with its default arguments), and
-    they are fused if the convolution's output goes into the normalization and nowhere else, and each is called once.
-    A module whose forward cannot be traced stays as it is, and a warning says which and why. A convolution whose weight
-    is computed (weight standardization, spectral norm) stays as it is; so does TOOD's `TaskDecomposition`, which takes
-    the parts of a `ConvModule` out of it. A convolution that has several normalizations, as in RTMDet, becomes one for
-    each of them.
+    mmcv's function of this name guesses from the order of definition which convolution feeds a normalization. This one
+    traces the forward of the module that contains them (by `torch.fx`, with its default arguments). It fuses a pair if
+    the convolution's output goes into the normalization and nowhere else, and if each of them is called once. A
+    convolution with several normalizations, as in RTMDet, becomes one convolution for each of them.
+
+    A module whose forward cannot be traced stays as it is, and a warning names it and the reason. A convolution whose
+    weight is computed (weight standardization, spectral norm) stays as it is, too. So does TOOD's `TaskDecomposition`,
+    which takes the parts of a `ConvModule` out of it.
 
     Args:
-        model: A detector, or any module. It is changed in place; `nn.Identity` takes the place of a normalization.
+        model: A detector, or any module. It is changed in place; `nn.Identity` replaces each fused normalization.
 
     Returns:
         The model.
@@ -79,7 +80,7 @@ class _Tracer(fx.Tracer):
         return True
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        if obj.node.args[1:] == ('requires_grad',):  # blocks that can checkpoint ask for it; it is false in inference
+        if obj.node.args[1:] == ('requires_grad',):  # for activation checkpointing; false in inference
             return False
         return super().to_bool(obj)
 
@@ -102,7 +103,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _pairs(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the names of each convolution and normalization where the former's output goes into the latter alone."""
+    """Yield the names of each convolution and normalization if the latter alone takes the former's output."""
     defaults = {
         name: parameter.default
         for name, parameter in signature(module.forward).parameters.items()
@@ -110,7 +111,7 @@ def _pairs(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
     }
     try:
         nodes = list(_Tracer().trace(module, concrete_args=defaults).nodes)
-    except Exception as error:  # a forward can fail in any way when its input is not a tensor
+    except Exception as error:  # a forward can fail in any way if its input is not a tensor
         print_log(
             f'The normalizations of {name or "the model"} ({type(module).__name__}) are not fused: its forward cannot '
             f'be traced: {type(error).__name__}: {error}',

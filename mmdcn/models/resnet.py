@@ -13,20 +13,20 @@ from mmdcn.registry import MODELS
 
 @MODELS.register_module()
 class ResNet(resnet.ResNet):
-    """mmdet's ResNet, in which the 3x3 convolution of any block may be deformable, at depths 18 and 34 too.
+    """mmdet's ResNet, in which the 3x3 convolution of any block may be deformable, also at depths 18 and 34.
 
     In a block with two 3x3 convolutions it is the second one, `conv2`, which has no stride. The arguments and the names
-    of the parameters are those of `mmdet.ResNet`; `dcn` and `stage_with_dcn` mean more than there.
+    of the parameters are those of `mmdet.ResNet`, but `dcn` and `stage_with_dcn` accept more.
 
     Args:
         dcn: The deformable layer's config, such as `dict(type='mmdcn.DCNv2', deform_groups=1)`. It is not modified.
-            With `fallback_on_stride=True` in it, the 3x3 convolutions that have a stride stay plain: those of the
-            first block of a stage, in the `pytorch` style of the depths 50, 101 and 152.
-        stage_with_dcn: One entry for each stage: a bool for all of its blocks, or one bool for each of them.
+            If it contains `fallback_on_stride=True`, the 3x3 convolutions that have a stride stay plain. In the
+            `pytorch` style of depths 50, 101 and 152 these are in the first block of a stage.
+        stage_with_dcn: One entry per stage: one bool for all of its blocks, or one bool for each of them.
 
     Raises:
-        ValueError: If `conv_cfg` is given beside `dcn`, or an entry of `stage_with_dcn` is neither a bool nor one bool
-            for each block.
+        ValueError: If both `conv_cfg` and `dcn` are given, or an entry of `stage_with_dcn` is neither a bool nor one
+            bool for each block.
 
     Example:
         `ResNet(18, dcn=dict(type='mmdcn.DCN'), stage_with_dcn=(False, False, (False, True), True))` has a deformable
@@ -34,7 +34,7 @@ class ResNet(resnet.ResNet):
     """
 
     def make_res_layer(self, *, dcn: dict[str, Any] | None = None, **kwargs: Any) -> nn.Sequential:
-        """Make a stage of plain blocks, then put deformable layers where they are wanted."""
+        """Make a stage of plain blocks, then replace the chosen convolutions by deformable layers."""
         stage = super().make_res_layer(**kwargs)
         if dcn is None:
             return stage
@@ -42,7 +42,7 @@ class ResNet(resnet.ResNet):
             raise ValueError(
                 f'conv_cfg must be None where dcn is given, got conv_cfg={kwargs["conv_cfg"]}; remove one of them'
             )
-        index = len(self.res_layers)  # of this stage: the earlier ones are in the list
+        index = len(self.res_layers)  # of this stage; the list contains the earlier ones
         wanted = self.stage_with_dcn[index]
         if not isinstance(wanted, list | tuple):
             wanted = [wanted] * len(stage)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmdet's RoI extractor, with layers from the registry."""
+"""mmdet's RoI extractor, with RoI layers from mmdcn's registry."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from mmdcn.registry import MODELS
 
 @MODELS.register_module()
 class SingleRoIExtractor(roi_heads.SingleRoIExtractor):
-    """mmdet's SingleRoIExtractor, which finds mmdcn's RoI layers by their names.
+    """mmdet's SingleRoIExtractor, which also finds mmdcn's RoI layers by name.
 
-    The arguments are mmdet's. mmdet's own looks the `type` of `roi_layer` up in `mmcv.ops`, not in a registry. This one
-    looks into mmdcn's registry first: `DeformRoIPoolPack` and `mmdcn.DeformRoIPoolPack` are mmdcn's, `RoIAlign` is
-    mmcv's.
+    The arguments are mmdet's. mmdet's extractor looks up the `type` of `roi_layer` in `mmcv.ops`, not in a registry.
+    This one looks in mmdcn's registry first: `DeformRoIPoolPack` and `mmdcn.DeformRoIPoolPack` are mmdcn's, `RoIAlign`
+    is mmcv's.
     """
 
     def build_roi_layers(self, layer_cfg: dict[str, Any], featmap_strides: list[int]) -> nn.ModuleList:
-        """Build a layer for each level; `featmap_strides` are their strides in pixels of the image.
+        """Build one layer per feature level; `featmap_strides` are the levels' strides in pixels of the image.
 
         Raises:
             ValueError: If neither the registry nor mmcv.ops has the type.

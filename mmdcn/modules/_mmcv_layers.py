@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mmcv's classes, for the ecosystem to recognize mmdcn's layers by; `object` where `mmcv.ops` cannot be imported.
+"""mmcv's classes, by which other packages recognize mmdcn's layers; `object` if `mmcv.ops` cannot be imported.
 
-mmengine's `dcn_offset_lr_mult` asks for them, for one. mmcv without its compiled operators has no `mmcv.ops`, and then
-nobody can ask.
+mmengine's `dcn_offset_lr_mult`, for example, checks for these classes. mmcv without compiled operators has no
+`mmcv.ops`, so no code can check for them.
 """
 
 try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mmengine needs in order to count the operators in `get_model_complexity_info`."""
+"""FLOPs of the operators for mmengine's `get_model_complexity_info`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from mmdcn.ops._flops import PER_SAMPLE, convolution_size, samples_of_bins
 def deform_conv2d_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Count the multiply-adds of `mmdcn::deform_conv2d`, each as one flop, as mmengine does.
 
-    Those are the convolution's, B * C_out * H_out * W_out * K * C_in / groups, and four for each of the
-    B * C_in * K * H_out * W_out bilinear samples, as mmengine counts a `grid_sample`. Finding the places and scaling
-    by the mask is not counted: it is done once per offset group, not per channel.
+    These are B * C_out * H_out * W_out * K * C_in / groups of the convolution, and four for each of the
+    B * C_in * K * H_out * W_out bilinear samples, as mmengine counts a `grid_sample`. Locating the samples and scaling
+    by the mask are not counted: they are done once per offset group, not per channel.
 
     Args:
         inputs: The values of a traced graph that the operator takes, in the order of its schema.
-        outputs: Those that it gives.
+        outputs: The values that it returns.
     """
     product, samples = convolution_size(get_shape(inputs[0]), get_shape(inputs[3]), get_shape(outputs[0]))
     return product + PER_SAMPLE * samples
@@ -28,11 +28,12 @@ def deform_conv2d_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 def deform_roi_pool_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     """Count four multiply-adds for each bilinear sample of `mmdcn::deform_roi_pool`.
 
-    A graph knows no regions: with a `sampling_ratio` of 0 a bin counts for one sample, the least that it has.
+    A graph does not contain the regions. With a `sampling_ratio` of 0 each bin counts one sample, which is a lower
+    bound.
 
     Args:
         inputs: The values of a traced graph that the operator takes, in the order of its schema.
-        outputs: Those that it gives.
+        outputs: The values that it returns.
     """
     spatial_scale, sampling_ratio = (value.toIValue() for value in inputs[4:6])
     return PER_SAMPLE * samples_of_bins(None, get_shape(outputs[0]), spatial_scale, sampling_ratio)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deformable RoI pooling of `mmdcn.nn`, registered for configs, as instances of mmcv's classes."""
+"""The deformable RoI pooling of `mmdcn.nn`, registered for configs, as subclasses of mmcv's layers."""
 
 from mmdcn import nn
 from mmdcn.modules import _mmcv_layers as mmcv

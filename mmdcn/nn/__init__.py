@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deformable layers for any model of PyTorch: they need torch alone.
+"""Deformable layers for any PyTorch model; they need torch alone.
 
-Their arguments, parameters and state-dict keys are those of mmcv's layers of the same names. `mmdcn.modules` has the
-same layers registered for configs of OpenMMLab.
+Their arguments, parameters and state-dict keys are those of mmcv's layers of the same names. `mmdcn.modules` registers
+the same layers for configs of OpenMMLab.
 """
 
 from mmdcn.nn.deform_conv2d import (

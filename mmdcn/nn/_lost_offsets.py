@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says so where a checkpoint has offsets for a layer under names that nothing loads."""
+"""A warning about checkpoints that store a layer's offset weights under keys that nothing loads."""
 
 import logging
 import warnings
@@ -8,25 +8,25 @@ from torch import Tensor
 
 
 def report_lost_offsets(state_dict: dict[str, Tensor], prefix: str, unexpected_keys: list[str]) -> None:
-    """Warn if a packed layer's offsets are not in what it loads, and yet there are keys that look like them.
+    """Warn if a packed layer's offset weights are missing, but the checkpoint has keys that look like them.
 
     Args:
-        state_dict: The keys beneath the layer's prefix.
-        prefix: The layer's prefix, with its dot.
-        unexpected_keys: What the modules above the layer had no use for.
+        state_dict: The part of the checkpoint whose keys begin with the layer's prefix.
+        prefix: The layer's prefix, including the dot at its end.
+        unexpected_keys: The keys that the modules above the layer did not use.
     """
     layer = prefix[:-1]
     unused = [key for key in (*unexpected_keys, *state_dict) if key.startswith(layer) and 'offset' in key[len(layer) :]]
     if unused and f'{prefix}conv_offset.weight' not in state_dict:
         _warn(
             f'The offsets of {layer or "the layer"} are NOT loaded: the checkpoint has {", ".join(unused)} instead of '
-            f'{prefix}conv_offset.*; call mmdcn.checkpoints.accept_version1_keys(model) before it loads, or convert '
+            f'{prefix}conv_offset.*; call mmdcn.checkpoints.accept_version1_keys(model) before loading, or convert '
             'the checkpoint with tools/model_converters/convert_checkpoint.py'
         )
 
 
 def _warn(message: str) -> None:
-    """Warn in mmengine's log where there is mmengine: a run keeps that."""
+    """Warn in mmengine's log if mmengine is installed, because a training run saves that log."""
     try:
         from mmengine.logging import print_log
     except ImportError:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What predicts offsets and masks: convolutions and linear layers that are zero until they learn something else.
+"""Predictors of offsets and masks: convolutions and linear layers whose parameters are zero until they are trained.
 
 Note: [Offsets start at zero]
-A layer is right from its construction on. Then OpenMMLab's `init_weights` draws the weights of a model: by the names of
-classes (`init_cfg=dict(layer='Conv2d')`) or of all modules (`override`), both by `apply`; or by a loop over `modules()`
-or `parameters()`. A layer can neither forbid nor undo that, since no container of torch passes `init_weights` on to it.
-So a predictor hides from all who look for modules while a function of that name runs, whosever it is. It is found by
-its name, `layer.conv_offset`, and loads checkpoints, as ever.
+The parameters of a predictor are zero after construction. Then OpenMMLab's `init_weights` draws the weights of a whole
+model: by class name (`init_cfg=dict(layer='Conv2d')`) or for all modules (`override`), both through `apply`; or in a
+loop over `modules()` or `parameters()`. A layer can neither prevent nor undo this, since no container of torch passes
+`init_weights` on to it. Therefore a predictor hides from every search for modules while a function of the name
+`init_weights` runs, whatever class it belongs to. Access by name, `layer.conv_offset`, and checkpoints work as usual.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from mmdcn._private_hooks import is_within
 
 
 class Predictor(nn.Module):
-    """Has parameters that an initialization of what surrounds it leaves as they are."""
+    """A layer whose parameters stay as they are when the model around it is initialized."""
 
     def reset_parameters(self) -> None:
         """Set the parameters to zero."""
@@ -26,33 +26,33 @@ class Predictor(nn.Module):
             nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yield itself by its name; nothing during an initialization."""
+        """Yield the layer with its name, or nothing during an initialization."""
         return iter(()) if is_within('init_weights') else super().named_modules(*args, **kwargs)
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> 'Predictor':
-        """Apply a function to itself, but for an initialization."""
+        """Apply a function to the layer, except during an initialization."""
         return self if is_within('init_weights') else super().apply(fn)
 
 
 class ConvPredictor(Predictor, nn.Conv2d):
-    """A convolution as any other, but for its initialization."""
+    """A convolution that predicts offsets, and perhaps masks; its parameters start at zero."""
 
 
 class LinearPredictor(Predictor, nn.Linear):
-    """A linear layer as any other, but for its initialization."""
+    """A linear layer that predicts offsets or masks; its parameters start at zero."""
 
 
 _CLASSES: dict[type, type[Predictor]] = {nn.Conv2d: ConvPredictor, nn.Linear: LinearPredictor}
 
 
 def make_predictors(layer: Any) -> list[Predictor]:
-    """Make predictors of those layers of torch that the offsets and masks of a layer come from, and return them.
+    """Turn the torch layers that compute a layer's offsets and masks into predictors, and return them.
 
-    They stay the very same objects, with the parameters that they have.
+    They stay the same objects and keep their parameters; only their class changes.
     """
     parts = [getattr(layer, name) for name in ('conv_offset', 'offset_fc', 'mask_fc') if hasattr(layer, name)]
     plain = [[module for module in part.modules() if type(module) in _CLASSES] for part in parts]
-    predictors = [modules[-1] for modules in plain if modules]  # none, where another package has put its own
+    predictors = [modules[-1] for modules in plain if modules]  # empty if another package has replaced them
     for predictor in predictors:
         predictor.__class__ = _CLASSES[type(predictor)]
     return predictors

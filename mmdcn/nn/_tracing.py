@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch's tracers see of a layer: torch.fx one node, TorchScript's compiler a sentence."""
+"""Support for torch's tracers: a layer is one node for torch.fx, and an explained error for torch.jit.script."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -9,10 +9,10 @@ from torch import fx
 
 
 class OneNode:
-    """The first base of a layer, which torch.fx then takes for one node, as it does the layers of torch.
+    """A base class that makes a layer one node for torch.fx, like the layers of torch; it must be the first base.
 
-    So the graph runs the layer itself, with its hooks, checks, and types under autocast; quantization in FX graph mode
-    leaves it in floating point.
+    The graph then runs the layer itself, with its hooks, its checks and its types under autocast. Quantization in FX
+    graph mode leaves the layer in floating point.
     """
 
     def __init_subclass__(cls) -> None:
@@ -21,10 +21,10 @@ class OneNode:
             cls.forward = _as_one_node(cls.forward)  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse; torch.jit.script asks each module of a model for this.
+        """Refuse to be compiled; torch.jit.script calls this method of each module of a model.
 
         Raises:
-            NotImplementedError: Always, with the remedy.
+            NotImplementedError: Always; the message names alternatives.
         """
         raise NotImplementedError(
             f'torch.jit.script cannot compile the Python of mmdcn.{type(self).__name__}: use torch.jit.trace, whose '
@@ -41,8 +41,8 @@ def _as_one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
         tracer: Any = proxy.tracer
         if self is tracer.root:
             raise NotImplementedError(
-                f'torch.fx takes mmdcn.{type(self).__name__} for one node, and so cannot trace a model that is nothing '
-                'else: trace nn.Sequential(layer)'
+                f'torch.fx treats mmdcn.{type(self).__name__} as one node, so it cannot trace the layer on its own: '
+                'trace nn.Sequential(layer)'
             )
         return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The deformable convolutions as layers: mmcv's arguments, attributes and parameters, on mmdcn's operator."""
+"""Deformable convolution layers with mmcv's arguments, attributes and parameters, on mmdcn's operator."""
 
 import warnings
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ Size = int | Sequence[int]  # one for both axes, or (y, x)
 
 
 class _DeformConv(OneNode, nn.Module):
-    """What the layers share.
+    """Base class of the deformable convolutions.
 
     Raises:
-        ValueError: If an argument is no integer, or too small, or channels do not divide by `groups`.
+        ValueError: If an argument is not an integer, or too small, or a number of groups does not divide the channels.
     """
 
     bias: nn.Parameter | None
-    _predicted = 0  # channels that the layer predicts for each tap and offset group: (y, x), perhaps a mask
+    _predicted = 0  # channels that the layer predicts per tap and offset group: y, x and perhaps a mask
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class _DeformConv(OneNode, nn.Module):
         bias: bool | str,
         deformable_groups: int | None,
     ) -> None:
-        nn.Module.__init__(self)  # not super(): a registered layer derives from mmcv's too, which comes next
+        nn.Module.__init__(self)  # not super(): in a registered layer, the next base is mmcv's layer
         if deformable_groups is not None:
-            warnings.warn('deformable_groups is now deform_groups', DeprecationWarning, stacklevel=3)
+            warnings.warn('deformable_groups is deprecated: use deform_groups', DeprecationWarning, stacklevel=3)
             deform_groups = deformable_groups
         self.in_channels = count(in_channels, 'in_channels', 1)
         self.out_channels = count(out_channels, 'out_channels', 1)
@@ -53,7 +53,7 @@ class _DeformConv(OneNode, nn.Module):
         self.dilation = pair(dilation, 'dilation', 1)
         self.groups = count(groups, 'groups', 1)
         self.deform_groups = count(deform_groups, 'deform_groups', 1)
-        self.transposed, self.output_padding = False, (0,)  # as nn.Conv2d has them, for those who ask
+        self.transposed, self.output_padding = False, (0,)  # as in nn.Conv2d, for code that reads them
         for name in ('in_channels', 'out_channels'):
             if getattr(self, name) % self.groups:
                 raise ValueError(f'{name} must be a multiple of groups = {self.groups}, got {getattr(self, name)}')
@@ -76,7 +76,8 @@ class _DeformConv(OneNode, nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight (Kaiming, fan-out), and set the bias and any predictor of offsets and masks to zero.
 
-        So mmdet's backbones draw a convolution's weight, and so the taps start on the regular grid.
+        mmdet's backbones draw the weight of a convolution in the same way. With zero offsets, the taps start on the
+        regular grid.
         """
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
@@ -85,29 +86,29 @@ class _DeformConv(OneNode, nn.Module):
             conv_offset.reset_parameters()
 
     def init_weights(self) -> None:
-        """Do as `reset_parameters` does: this is the name that mmengine calls."""
+        """Reset the parameters; mmengine calls this method."""
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        """Return the arguments, as `nn.Conv2d` writes its own."""
+        """Return the arguments in the style of `nn.Conv2d`."""
         return (
             f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
             f'padding={self.padding}, dilation={self.dilation}, groups={self.groups}, '
             f'deform_groups={self.deform_groups}, bias={self.bias is not None}'
         )
 
-    __repr__ = nn.Module.__repr__  # mmcv's, which a registered layer would have, leaves out the parts
+    __repr__ = nn.Module.__repr__  # a registered layer would inherit mmcv's, which omits the submodules
 
     def _check_groups(self, offset: Tensor) -> None:
         channels = 2 * self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
-        if offset.dim() == 4 and offset.shape[1] != channels:  # the operator tells of another rank
+        if offset.dim() == 4 and offset.shape[1] != channels:  # the operator reports a wrong rank
             raise ValueError(
                 f'offset must have 2*G*K = {channels} channels, as the layer has deform_groups G = '
                 f'{self.deform_groups}, got shape {list(offset.shape)}'
             )
 
     def _predict(self, x: Tensor) -> Tensor:
-        """Predict offsets outside autocast: a place in a wide image has more digits than half precision."""
+        """Predict offsets outside autocast: half precision cannot resolve positions in a wide image."""
         with without_autocast(x):
             predicted: Tensor = self.conv_offset(x.to(self.conv_offset.weight.dtype))
         return predicted
@@ -122,8 +123,8 @@ class _DeformConv(OneNode, nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load a layer; mmcv's own method announces each layer of each checkpoint, and loses the old keys."""
-        self.is_init = True  # so that init_weights of mmengine's modules leaves what is loaded
+        """Load the layer without mmcv's method, which logs a message for each layer and loses version-1 keys."""
+        self.is_init = True  # keeps mmengine's init_weights from overwriting the loaded parameters
         if self._predicted:
             report_lost_offsets(state_dict, prefix, unexpected_keys)
         nn.Module._load_from_state_dict(
@@ -132,25 +133,25 @@ class _DeformConv(OneNode, nn.Module):
 
 
 class DeformConv2d(_DeformConv):
-    """Deformable convolution (DCNv1) with offsets from outside (Dai et al., ICCV 2017, section 2.1).
+    """Deformable convolution (DCNv1) that takes its offsets as an input (Dai et al., ICCV 2017, section 2.1).
 
-    The arguments are those of `mmcv.ops.DeformConv2d`; K is the number of taps, G that of the offset groups.
+    The arguments are those of `mmcv.ops.DeformConv2d`. K is the number of taps, G the number of offset groups.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Size of the kernel, one integer or (y, x), as all the sizes here.
+        kernel_size: Size of the kernel; like all sizes here, one integer or (y, x).
         stride: Step between output positions in pixels, at least 1.
         padding: Zeros on each side in pixels, at least 0.
         dilation: Step between taps in pixels, at least 1.
-        groups: Groups of the weight, which divide both numbers of channels.
-        deform_groups: Groups G of input channels with offsets of their own.
-        bias: Whether to add a bias; mmcv's layer cannot.
-        im2col_step: Has no effect: there is no step to choose.
-        deformable_groups: The old name of `deform_groups`.
+        groups: Number of groups of the weight; it must divide both numbers of channels.
+        deform_groups: Number G of offset groups: groups of input channels with their own offsets.
+        bias: Whether to add a bias, which mmcv's layer cannot do.
+        im2col_step: Has no effect; it exists for compatibility with mmcv.
+        deformable_groups: Deprecated name of `deform_groups`.
 
     Raises:
-        ValueError: If an argument is no integer, or too small, or channels do not divide by a number of groups.
+        ValueError: If an argument is not an integer, or too small, or a number of groups does not divide the channels.
     """
 
     def __init__(
@@ -183,16 +184,16 @@ class DeformConv2d(_DeformConv):
 
 
 class DeformConv2dPack(DeformConv2d):
-    """Deformable convolution (DCNv1) in the place of a convolution: a `conv_offset` predicts the offsets.
+    """Deformable convolution (DCNv1) that replaces a convolution: its `conv_offset` predicts the offsets.
 
-    The arguments are those of `DeformConv2d`, the parameters those of `mmcv.ops.DeformConv2dPack`. The offsets are
-    zero at first, so that the layer begins as a convolution (Dai et al., ICCV 2017, section 4).
+    The arguments are those of `DeformConv2d`, the parameters those of `mmcv.ops.DeformConv2dPack`. The offsets start
+    at zero, so that the layer starts as a plain convolution (Dai et al., ICCV 2017, section 4).
     """
 
-    _version = 2  # in a state dict's metadata, where mmcv's layer looks for it
+    _version = 2  # stored in the metadata of a state dict, where mmcv's layer reads it
     _predicted = 2
 
-    def forward(  # type: ignore[override]  # as mmcv's: a packed layer takes the image alone
+    def forward(  # type: ignore[override]  # as in mmcv: a packed layer takes only the image
         self,
         x: Tensor,  # [B, C_in, H, W]
     ) -> Tensor:  # [B, C_out, H_out, W_out]
@@ -200,14 +201,14 @@ class DeformConv2dPack(DeformConv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve with another weight and bias: mmcv's ConvModule folds a normalization into them."""
+        """Convolve with the given weight and bias, into which mmcv's ConvModule may have folded a normalization."""
         return deform_conv2d(x, self._predict(x), weight, bias, self.stride, self.padding, self.dilation)
 
 
 class ModulatedDeformConv2d(_DeformConv):
-    """Modulated deformable convolution (DCNv2) with offsets and masks from outside (Zhu et al., CVPR 2019, 3.2).
+    """Modulated deformable convolution (DCNv2) that takes offsets and masks as inputs (Zhu et al., CVPR 2019, 3.2).
 
-    The arguments are those of `mmcv.ops.ModulatedDeformConv2d`, and mean what those of `DeformConv2d` do.
+    The arguments are those of `mmcv.ops.ModulatedDeformConv2d`; `DeformConv2d` describes them.
     """
 
     def __init__(
@@ -239,17 +240,17 @@ class ModulatedDeformConv2d(_DeformConv):
 
 
 class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
-    """Modulated deformable convolution (DCNv2) in the place of a convolution: it predicts its offsets and masks.
+    """Modulated deformable convolution (DCNv2) that replaces a convolution and predicts its own offsets and masks.
 
-    The arguments are those of `ModulatedDeformConv2d`, the parameters those of `mmcv.ops.ModulatedDeformConv2dPack`:
-    of the 3*G*K channels of `conv_offset` the first 2*G*K are the offsets, (y, x) of each tap, and the sigmoid of the
-    others is the mask. Offsets start at 0 and masks at 0.5 (Zhu et al., CVPR 2019, section 3.2).
+    The arguments are those of `ModulatedDeformConv2d`, the parameters those of `mmcv.ops.ModulatedDeformConv2dPack`.
+    `conv_offset` has 3*G*K channels: the first 2*G*K are the offsets, (y, x) of each tap, and the sigmoid of the others
+    is the mask. Offsets start at 0 and masks at 0.5 (Zhu et al., CVPR 2019, section 3.2).
     """
 
     _version = 2
     _predicted = 3
 
-    def forward(  # type: ignore[override]  # as mmcv's: a packed layer takes the image alone
+    def forward(  # type: ignore[override]  # as in mmcv: a packed layer takes only the image
         self,
         x: Tensor,  # [B, C_in, H, W]
     ) -> Tensor:  # [B, C_out, H_out, W_out]
@@ -257,8 +258,8 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve with another weight and bias: mmcv's ConvModule folds a normalization into them."""
+        """Convolve with the given weight and bias, into which mmcv's ConvModule may have folded a normalization."""
         taps = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
-        # From the end, since a convolution takes an image without a batch too, which the operator then refuses.
+        # dim=-3, because conv_offset also accepts an image without a batch dimension; the operator then refuses it.
         offset, mask = self._predict(x).split((2 * taps, taps), dim=-3)
         return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation, mask.sigmoid())

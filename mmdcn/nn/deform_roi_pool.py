@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable RoI pooling as layers: mmcv's arguments, attributes and parameters, on mmdcn's operator."""
+"""Deformable RoI pooling layers with mmcv's arguments, attributes and parameters, on mmdcn's operator."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,18 @@ from mmdcn.ops._arguments import count, pair
 
 
 class DeformRoIPool(OneNode, nn.Module):
-    """Deformable RoI pooling with offsets from outside (Dai et al., ICCV 2017, section 2.2).
+    """Deformable RoI pooling that takes its offsets as an input (Dai et al., ICCV 2017, section 2.2).
 
     The arguments are those of `mmcv.ops.DeformRoIPool`.
 
     Args:
-        output_size: Bins of a region, ph x pw: one integer or (y, x).
-        spatial_scale: Pixels of the input for a pixel of the image that the regions are in.
-        sampling_ratio: Samples of a bin along each axis; 0 is as many as it has pixels.
+        output_size: Number of bins of a region, ph x pw: one integer or (y, x).
+        spatial_scale: Pixels of the input per pixel of the image, in which the regions are given.
+        sampling_ratio: Samples per bin along each axis. With 0, a bin has as many samples as pixels, rounded up.
         gamma: Factor on the offsets, which are in units of the region's size.
 
     Raises:
-        ValueError: If an argument is no number, or too small.
+        ValueError: If an argument is not a number, or too small.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class DeformRoIPool(OneNode, nn.Module):
         sampling_ratio: int = 0,
         gamma: float = 0.1,
     ) -> None:
-        nn.Module.__init__(self)  # not super(): a registered layer derives from mmcv's too, which comes next
+        nn.Module.__init__(self)  # not super(): in a registered layer, the next base is mmcv's layer
         self.output_size = pair(output_size, 'output_size', 1)
         self.spatial_scale = float(spatial_scale)
         self.sampling_ratio = count(sampling_ratio, 'sampling_ratio')
@@ -59,7 +59,7 @@ class DeformRoIPool(OneNode, nn.Module):
 
 
 class _PackedDeformRoIPool(DeformRoIPool):
-    """What the layers that predict their offsets share."""
+    """Base class of the layers that predict their offsets."""
 
     def __init__(
         self,
@@ -83,39 +83,39 @@ class _PackedDeformRoIPool(DeformRoIPool):
         )
 
     def _pool_without_offsets(self, input: Tensor, rois: Tensor) -> Tensor:  # [N, C * ph * pw]
-        """Pool what the offsets are predicted from."""
+        """Pool without offsets the features from which the offsets are predicted."""
         channels = self.output_channels
-        if input.dim() == 4 and input.shape[1] != channels:  # the operator tells of another rank
+        if input.dim() == 4 and input.shape[1] != channels:  # the operator reports a wrong rank
             raise ValueError(
                 f'input must have {channels} channels, the output_channels of the layer, got shape {list(input.shape)}'
             )
         return DeformRoIPool.forward(self, input, rois).flatten(1)
 
     def _pool(self, input: Tensor, rois: Tensor, bins: Tensor) -> Tensor:  # [N, C, ph, pw]
-        """Pool with the offsets that the layer predicts from the bins."""
+        """Predict the offsets from the bins, and pool with them."""
         offset = self.offset_fc(bins).unflatten(1, (2, *self.output_size))
         return DeformRoIPool.forward(self, input, rois, offset)
 
 
 class DeformRoIPoolPack(_PackedDeformRoIPool):
-    """Deformable RoI pooling that predicts its offsets from the regions, pooled without (Dai et al., ICCV 2017, 2.2).
+    """Deformable RoI pooling that predicts its offsets from regions pooled without them (Dai et al., ICCV 2017, 2.2).
 
-    The arguments and parameters are those of `mmcv.ops.DeformRoIPoolPack`. The offsets are zero at first, so that the
-    layer begins as RoIAlign.
+    The arguments and parameters are those of `mmcv.ops.DeformRoIPoolPack`. The offsets start at zero, so that the layer
+    starts as RoIAlign.
 
     Args:
-        output_size: As of `DeformRoIPool`, as are the last three.
-        output_channels: Channels of the input, and of the output.
+        output_size: As in `DeformRoIPool`.
+        output_channels: Channels of the input and of the output.
         deform_fc_channels: Channels of the hidden layers that predict the offsets.
-        spatial_scale: As of `DeformRoIPool`.
+        spatial_scale: As in `DeformRoIPool`.
         sampling_ratio: Likewise.
         gamma: Likewise.
 
     Raises:
-        ValueError: As of `DeformRoIPool`.
+        ValueError: As in `DeformRoIPool`.
     """
 
-    def forward(  # type: ignore[override]  # as mmcv's: a packed layer takes no offsets
+    def forward(  # type: ignore[override]  # as in mmcv: a packed layer takes no offsets
         self,
         input: Tensor,  # [B, C, H, W]
         rois: Tensor,  # [N, 5]
@@ -125,7 +125,7 @@ class DeformRoIPoolPack(_PackedDeformRoIPool):
 
 
 class ModulatedDeformRoIPoolPack(_PackedDeformRoIPool):
-    """Deformable RoI pooling that predicts its offsets, and a mask for each bin (Zhu et al., CVPR 2019, 3.2).
+    """Deformable RoI pooling that predicts its offsets and a mask for each bin (Zhu et al., CVPR 2019, 3.2).
 
     The arguments are those of `DeformRoIPoolPack`, the parameters those of `mmcv.ops.ModulatedDeformRoIPoolPack`.
     Offsets start at 0 and masks at 0.5.

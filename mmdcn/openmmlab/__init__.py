@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Switches OpenMMLab's own configs, code and models to mmdcn.
+"""Switch OpenMMLab's own configs, code and models to mmdcn.
 
 | File | What it does |
 |---|---|

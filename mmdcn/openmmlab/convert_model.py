@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts the layers of built models of any OpenMMLab library to mmdcn's."""
+"""Convert the layers of built models of any OpenMMLab library to mmdcn's."""
 
 from collections import Counter
 
@@ -16,8 +16,8 @@ def convert_model(model: nn.Module) -> nn.Module:
     """Convert each of mmcv's deformable layers in a built model to mmdcn's, and log it.
 
     Modules and parameters stay the same objects, so optimizers, hooks and wrappers around the model remain valid.
-    Checkpoints of mmdet 1 load. Other packages' subclasses of mmcv's layers are left unchanged and named in the log.
-    TOOD and SAC call functions instead of layers: use `patch_mmdet` for those.
+    Checkpoints of mmdet 1 can be loaded. Other packages' subclasses of mmcv's layers are left unchanged and named in
+    the log. TOOD and SAC call functions instead of layers: use `patch_mmdet` for those.
 
     Args:
         model: A model, wrapped or not, or a layer.

@@ -54,10 +54,10 @@ def _deform_conv2d(
     groups: int = 1,
     deform_groups: int = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Take the arguments of `mmcv.ops.deform_conv2d`, also of different types; the shapes determine the groups.
+    """Accept the arguments of `mmcv.ops.deform_conv2d`, also in mixed dtypes; the shapes determine the groups.
 
-    TOOD samples float32 boxes at offsets in autocast's type. Promoting all tensors keeps the precision of the boxes;
-    autocast, or mmcv's cast to the type of the offsets, would lose it.
+    TOOD samples float32 boxes at offsets in autocast's dtype. Promoting all tensors keeps the precision of the boxes;
+    autocast, or mmcv's cast to the dtype of the offsets, would lose it.
     """
     dtype = torch.promote_types(input.dtype, offset.dtype)
     input, offset, weight = (tensor.to(dtype) for tensor in (input, offset, weight))

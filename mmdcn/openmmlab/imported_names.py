@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replaces what mmdet's heads and necks, and mmcv's SAC, have imported from `mmcv.ops`."""
+"""Replace the names that mmdet's heads and necks, and mmcv's SAC, have imported from `mmcv.ops`."""
 
 import sys
 from typing import Any
 
-import mmdet.models  # noqa: F401  (so that all of its modules are found)
+import mmdet.models  # noqa: F401  (so that `_rebind` finds all of its modules)
 
 from mmdcn.openmmlab.counterparts import FUNCTIONS, LAYERS, ROI_LAYERS
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs what a switch has changed."""
+"""Log what a switch has changed."""
 
 from mmengine.logging import print_log
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maximum pooling of regions: RoIPool, and RoIAlign in its `max` mode.
 
-Plain torch, on any device: regions of similar size are gathered together.
+This is plain torch and runs on any device. Regions of similar size are processed together.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SAMPLES = 1 << 22  # gathered at a time
+_SAMPLES = 1 << 22  # the number of samples that are gathered at a time
 
 
 class Samples(NamedTuple):
@@ -39,7 +39,7 @@ def roi_align_samples(
     sampling_ratio: int,
     aligned: bool,
 ) -> tuple[Samples, Samples]:
-    """Return the rows and columns of RoIAlign's samples."""
+    """Return the y and x coordinates of RoIAlign's samples."""
 
     def axis(low: Tensor, high: Tensor, bins: int) -> Samples:
         start, end = (corner * spatial_scale - (0.5 if aligned else 0.0) for corner in (low, high))
@@ -81,7 +81,7 @@ def largest(
     rows: Samples,
     columns: Samples,
 ) -> tuple[Tensor, Tensor, Tensor]:  # each [N, C, ph, pw]
-    """Return the largest sample of each bin, and its row and column; the first of equals, -1 for an empty bin."""
+    """Return the largest sample of each bin and its y and x: the first of equal samples; -1 for an empty bin."""
     shape = (len(rois), input.shape[1], rows.first.shape[1], columns.first.shape[1])
     values = input.new_zeros(shape)
     at_y, at_x = (rows.first.new_full(shape, -1) for _ in range(2))

@@ -3,7 +3,7 @@
 
 Names, arguments and behaviour are those of mmcv's module: functions write their results to given tensors, and add
 gradients to their previous values. The distribution mmdcn-mmcv installs this module where the compiled one is missing.
-Calling any other function raises an error that tells how to compile mmcv.
+Calling any other function raises an error that says how to compile mmcv.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from mmdcn.ops.deform_roi_pool import _pool, _pool_backward
 from mmdcn.ops.nms import METHODS
 from mmdcn.version import __version__
 
-_AVERAGE = 1  # the pool_mode; 0 is the maximum
+_AVERAGE = 1  # the pool_mode for the average; 0 is the maximum
 
 # The names of mmcv's distributions: the maintained fork's, OpenMMLab's, and OpenMMLab's without operators.
 _DISTRIBUTIONS = ('onedl-mmcv', 'mmcv', 'mmcv-lite')
@@ -60,7 +60,7 @@ def _how_to_compile() -> str:
 
 
 def get_compiler_version() -> str:
-    """Tell mmcv's environment report whose operators these are."""
+    """Return the text that names these operators in mmcv's environment report."""
     return f'not compiled; operators of mmdcn {__version__}'
 
 

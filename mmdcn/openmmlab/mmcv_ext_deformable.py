@@ -179,7 +179,7 @@ def deform_roi_pool_forward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Pool regions into bins that offsets move."""
+    """Pool regions; offsets shift the bins."""
     settings = ((pooled_height, pooled_width), spatial_scale, max(sampling_ratio, 0), gamma, True)
     output.copy_(_pool(input, rois, offset if offset.numel() else None, *settings))
 
@@ -215,7 +215,7 @@ def deform_roi_pool_backward(
 
 
 def ms_deform_attn_forward(
-    value: Tensor,  # [B, K, M, D], M heads of D channels at the K pixels of all levels
+    value: Tensor,  # [B, K, M, D]; M heads of D channels, at the K pixels of all levels
     value_spatial_shapes: Tensor,  # [L, 2], (height, width) of each level
     value_level_start_index: Tensor,
     sampling_locations: Tensor,  # [B, Q, M, L, P, 2], (x, y) relative to the level's size, from 0 to 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replaces `DCN` and `DCNv2` in mmdet's registry."""
+"""Replace `DCN` and `DCNv2` in mmdet's registry."""
 
 import mmengine.registry
 from mmdet.registry import MODELS

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators."""
+"""The operators as functions: deformable convolution, deformable RoI pooling, non-maximum suppression."""
 
 from mmdcn._extension import load
 
 load()
 
-# Their registrations need the core.
+# These modules register rules for the operators of the core, so the core must be loaded first.
 import mmdcn.ops._flops  # noqa: E402, F401
 from mmdcn.ops.deform_conv2d import deform_conv2d  # noqa: E402
 from mmdcn.ops.deform_roi_pool import deform_roi_pool  # noqa: E402

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the operators' arguments, and their messages."""
+"""Argument checks of the operators, with their error messages."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ Parameters = ParamSpec('Parameters')
 
 Pair = tuple[int, int]  # (y, x)
 
-LIMIT = 2**31  # of integers, so that no sum or product of them leaves the core's 64 bits
+LIMIT = 2**31  # of integer arguments, so that no sum or product of them overflows the core's 64-bit integers
 
 FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
-    """Return (y, x) from one integer or two, none less than the minimum nor as large as 2^31."""
+    """Return (y, x) from one integer or a pair; each must be at least `minimum` and less than 2^31."""
     both = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(both) != 2 or not all(_is_integer(one) for one in both):
         raise ValueError(f'{name} must be an integer or a pair (y, x) of integers, got {value!r}')
@@ -32,7 +32,7 @@ def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
 
 
 def count(value: int, name: str, minimum: int = 0) -> int:
-    """Return an integer that is not less than the minimum, and less than 2^31."""
+    """Return the value as an integer; it must be at least `minimum` and less than 2^31."""
     if not _is_integer(value) or value < minimum:
         raise ValueError(f'{name} must be an integer, {minimum} or more, got {value!r}')
     if value >= LIMIT:
@@ -44,7 +44,7 @@ def _is_integer(value: Any) -> bool:
     if isinstance(value, int | torch.SymInt):
         return True
     try:
-        operator.index(value)  # numpy's integers have it
+        operator.index(value)  # numpy's integers support it
     except TypeError:
         return False
     return True
@@ -55,7 +55,7 @@ def _as_int(value: Any) -> Any:
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:
-    """Raise a ValueError with a message that says what was expected and what was given.
+    """Raise a ValueError if the condition is false; its message says what was expected and what was given.
 
     The message is a function, because torch.compile specializes on a size that is formatted into a string.
     """
@@ -81,7 +81,7 @@ def check_floating(tensor: Any, name: str, rank: int, layout: str) -> None:
 
 
 def check_like(tensor: Tensor, name: str, like: Tensor, *types: torch.dtype) -> None:
-    """Check that an argument is of one of the types, and on the device of the input."""
+    """Check that an argument has one of the types and is on the device of the input."""
     check(
         tensor.dtype in types,
         lambda: f'{name} must be of type {" or ".join(map(str, dict.fromkeys(types)))}, got {tensor.dtype}',
@@ -93,7 +93,7 @@ def check_like(tensor: Tensor, name: str, like: Tensor, *types: torch.dtype) -> 
 
 
 def check_shape(tensor: Tensor, name: str, layout: str, *sizes: int) -> None:
-    """Check the shape of an argument whose rank is right; `layout` names its dimensions."""
+    """Check the shape of an argument whose rank is already checked; `layout` names its dimensions."""
     check(
         all(got == size for got, size in zip(tensor.shape, sizes, strict=True)),
         lambda: f'{name} must have shape {layout} = {list(sizes)}, got shape {list(tensor.shape)}',
@@ -101,7 +101,7 @@ def check_shape(tensor: Tensor, name: str, layout: str, *sizes: int) -> None:
 
 
 def check_output_mask(output_mask: Sequence[bool], count: int, index: int, name: str, tensor: Tensor | None) -> None:
-    """Check the flags of the gradients that are needed; the tensor of the flag at `index` may be absent."""
+    """Check the flags that select gradients; only the tensor of the flag at `index` may be None."""
     check(
         len(output_mask) == count,
         lambda: f'output_mask must have {count} elements, got {len(output_mask)}',
@@ -113,22 +113,22 @@ def check_output_mask(output_mask: Sequence[bool], count: int, index: int, name:
 
 
 def single_if_low(input: Tensor) -> list[torch.dtype]:
-    """Return float32 if the input's type is narrower: places have more digits than that."""
+    """Return float32 as a further allowed type of offsets and coordinates if the input's type is narrower."""
     return [torch.float32] if input.dtype in (torch.float16, torch.bfloat16) else []
 
 
-@torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot look inside
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot trace this
 def _cudnn_allows_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == 'tf32'  # type: ignore[attr-defined]
 
 
 def allow_tf32(input: Tensor) -> bool:
-    """Tell whether float32 products may use TF32; the setting is that of torch's convolutions."""
+    """Tell whether float32 products may use TF32, by torch's setting for convolutions."""
     return input.dtype == torch.float32 and input.is_cuda and _cudnn_allows_tf32()
 
 
 def overridable(function: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
-    """Make a function overridable by `__torch_function__`, as torch's own are: torch.fx records it as one node."""
+    """Make a function overridable by `__torch_function__`, like torch's own; torch.fx then records it as one node."""
 
     @wraps(function)
     def public(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Tensor:

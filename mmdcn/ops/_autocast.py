@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which types autocast gives to an operator's arguments, and how a call keeps out of it."""
+"""The types that autocast gives to an operator's arguments, and a context without autocast."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot look inside
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot trace this
 def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context without autocast; torch has none for a device that knows no autocast, such as meta."""
+    """Return a context without autocast; on a device that has no autocast, such as meta, it does nothing."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if _knows_autocast(device) else nullcontext()
 
 
 def autocast(values: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
-    """Bring values, the input first, to autocast's type, and what makes places or masks to float32."""
+    """Cast values, the input first, to autocast's type, and `places` (offsets, masks, regions) to float32."""
     device = values[0].device.type if isinstance(values[0], Tensor) else ''
     if not (device and _knows_autocast(device) and torch.is_autocast_enabled(device)):
         return list(values), list(places)
@@ -29,7 +29,7 @@ def autocast(values: Sequence[Tensor | None], places: Sequence[Tensor | None]) -
     def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
             return tensor.to(dtype)
-        return tensor  # float64 too, as torch's own rules do
+        return tensor  # float64 keeps its type, as under torch's own rules
 
     low = torch.get_autocast_dtype(device)
     return [cast(value, low) for value in values], [cast(place, torch.float32) for place in places]

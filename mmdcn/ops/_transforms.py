@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lets torch differentiate and map an operator in every way.
+"""Derivatives and vmap of the operators, in reverse and forward mode, in eager code and under torch.compile.
 
 Note: [Three ways to run]
-torch.compile calls the operator, which has a reverse mode; it needs no other.
+torch.compile calls the operator, which has a reverse-mode derivative; torch.compile needs no other.
 Eager code and the transforms of torch.func (grad, vmap) call an autograd function, because the transforms do not see
-through an operator. It runs the operator and its backward.
+through an operator. The function runs the operator and its backward.
 Forward mode runs the reference. An operator silently drops tangents, and forward over forward mode through an autograd
 function gives wrong numbers (in torch 2.13, for any autograd function).
 """
@@ -68,10 +68,10 @@ def register(
 
     Args:
         name: Name of the operator in `torch.ops.mmdcn`.
-        call: Runs the operator through `run`; torch.func's vmap calls it.
-        setup_context: As for an autograd function.
+        call: The function that runs the operator through `run`; under torch.func, the vmap rule calls it.
+        setup_context: The method of this name of the autograd function.
         backward: Likewise.
-        vmap: Likewise, with one argument more, the first: the function to call once.
+        vmap: Likewise, with an additional first argument: the function that computes all mapped calls at once.
     """
     operator = getattr(torch.ops.mmdcn, name).default
     torch.library.register_autograd(f'mmdcn::{name}', backward, setup_context=setup_context)

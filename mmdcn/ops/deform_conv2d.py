@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution: the function, and what torch must know about its operator."""
+"""Deformable convolution: the function, and the registration of its operator with torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,39 +39,40 @@ def deform_conv2d(
     dilation: int | Sequence[int] = 1,
     mask: Tensor | None = None,  # [B, G*K, H_out, W_out]
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Convolve with taps that each output position moves by its own offsets and scales by its own mask.
+    """Convolve with taps that are shifted by offsets and scaled by a mask, different at each output position.
 
     Without a mask this is DCNv1 (Dai et al., Deformable Convolutional Networks, ICCV 2017,
     section 2.1), with one it is DCNv2 (Zhu et al., Deformable ConvNets v2, CVPR 2019, section 3.2).
-    Sampling is bilinear, and the image is zero outside. With zero offsets and no mask it is a
-    convolution.
+    Sampling is bilinear, and the image is zero outside. With zero offsets and no mask, this is a
+    plain convolution.
 
-    The kernel has K = kh * kw taps, numbered row by row. `groups` follows from the shape of the
-    weight, the number of offset groups G from that of the offsets; each group of C_in / G channels
-    has its own offsets and mask.
+    The kernel has K = kh * kw taps, numbered row by row. The shape of the weight determines
+    `groups`, and the shape of the offsets determines the number of offset groups G. Each group of
+    C_in / G channels has its own offsets and mask.
 
     Args:
-        input: Images, in float64, float32, float16 or bfloat16; of any strides. The output has
+        input: Images, in float64, float32, float16 or bfloat16, with any strides. The output has
             their memory format.
-        offset: Offsets in pixels of the input, of any size: channel (g*K + k)*2 holds y and
-            (g*K + k)*2 + 1 holds x of tap k in offset group g. In the type of the input, or in
-            float32 where that is narrower. An infinite offset samples zero, a NaN gives NaN.
+        offset: Offsets in pixels of the input, of any length: channel (g*K + k)*2 holds y and
+            (g*K + k)*2 + 1 holds x of tap k in offset group g. They have the type of the input;
+            with float16 or bfloat16 input, they may be float32. An infinite offset samples zero, a
+            NaN gives NaN.
         weight: The kernel, in the type of the input.
         bias: Added to each output channel; in the type of the input.
         stride: Step between output positions in pixels, at least 1; one integer or (y, x).
         padding: Zeros on each side in pixels, at least 0; one integer or (y, x).
         dilation: Step between taps in pixels, at least 1; one integer or (y, x).
-        mask: A factor for each sample, of any value (DCNv2 uses 0 to 1): channel g*K + k. In the
-            type of the offset.
+        mask: A factor for each sample, of any value (DCNv2 uses 0 to 1): channel g*K + k holds that
+            of tap k in offset group g. It has the type of the offset.
 
     Returns:
         The images of size H_out = (H + 2*padding - dilation*(kh - 1) - 1) // stride + 1, likewise
-        W_out, in the type of the input; under autocast, in autocast's type, while the offsets and
-        the mask keep float32.
+        W_out, in the type of the input. Under autocast they have autocast's type, while the offsets
+        and the mask are in float32.
 
     Raises:
-        ValueError: If an argument's rank, shape, type or device does not fit, or the output would
-            be empty, or a stride, padding or dilation is 2^31 or more.
+        ValueError: If the rank, shape, type or device of an argument does not fit, or the output
+            would be empty, or a stride, padding or dilation is too small, or is 2^31 or more.
     """
     (input, weight, bias), (offset, mask) = autocast((input, weight, bias), (offset, mask))
     geometry = _geometry(stride, padding, dilation)
@@ -81,12 +82,12 @@ def deform_conv2d(
         groups = _groups(input, offset, weight)
         return _convolve(input, offset, mask, weight, bias, *geometry, *groups, allow_tf32(input))
     except Exception:
-        _check(input, offset, weight, bias, *geometry, mask)  # refuses the same, and says what is wrong
+        _check(input, offset, weight, bias, *geometry, mask)  # rejects what the operator rejects, and says why
         raise
 
 
 def _groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Return the number of weight groups and of offset groups that follow from the shapes, if those fit."""
+    """Return the numbers of weight groups and offset groups; they are meaningful only if the shapes fit."""
     _, group_channels, kernel_height, kernel_width = weight.shape
     return input.shape[1] // group_channels, offset.shape[1] // (2 * kernel_height * kernel_width)
 
@@ -107,7 +108,7 @@ def _check(
     dilation: Pair,
     mask: Tensor | None,
 ) -> tuple[int, int]:
-    """Check every argument, and return the number of weight groups and of offset groups."""
+    """Check every argument, and return the numbers of weight groups and offset groups."""
     check_floating(input, 'input', 4, '[B, C_in, H, W]')
     check_floating(weight, 'weight', 4, '[C_out, C_in/groups, kh, kw]')
     check_floating(offset, 'offset', 4, '[B, 2*G*K, H_out, W_out]')
@@ -138,7 +139,7 @@ def _check(
 
 
 def _check_groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Check that channels divide into groups, and return the number of weight groups and of offset groups."""
+    """Check that the groups divide the channels, and return the numbers of weight groups and offset groups."""
     _, channels, height, width = input.shape
     out_channels, group_channels, kernel_height, kernel_width = weight.shape
     check(
@@ -186,12 +187,12 @@ def _output_size(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dil
 
 
 def _convolve(*arguments: Any) -> Tensor:
-    """Run the operator, with its arguments."""
+    """Call the operator in the way that `run` chooses."""
     return run(torch.ops.mmdcn.deform_conv2d.default, _reference, _DeformConv2d, *arguments)
 
 
 def _convolve_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Run the operator's backward, with its arguments."""
+    """Call the operator's backward in the way that `run` chooses."""
     return run(
         torch.ops.mmdcn.deform_conv2d_backward.default,
         _reference_backward,
@@ -253,7 +254,7 @@ def _output_shape(
     groups: int,
     offset_groups: int,
 ) -> tuple[int, ...]:
-    """Check all that the operator checks, and give [B, C_out, H_out, W_out]."""
+    """Check everything that the operator checks, and return [B, C_out, H_out, W_out]."""
     geometry = _geometry(stride, padding, dilation)
     expected = _check(input, offset, weight, bias, *geometry, mask)
     check(
@@ -326,23 +327,23 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _grad_bias(grad_output: Tensor) -> Tensor:
-    # torch splits a sum that yields one number between its threads, so its bits depend on their number. It computes
-    # each of two numbers in one thread.
+    # torch splits a sum with a single result among its threads, so the bits depend on the number of threads. With two
+    # results, one thread computes each; so a single channel is summed twice.
     channels = grad_output.shape[1]
     doubled = grad_output.expand(-1, 2, -1, -1) if channels == 1 else grad_output
     return doubled.sum((0, 2, 3))[:channels]
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiate the reference's backward, which consists of torch's operators; so every order works."""
+    """Differentiate the reference's backward; it consists of torch's operators, so derivatives of every order work."""
     return pull_back(_reference_backward, ctx.saved_tensors, ctx.settings, grads)
 
 
 def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
-    """Map V calls to one, with V times the images if all share weight and bias, else with V times the groups."""
+    """Merge V calls into one: with V times the images if all share weight and bias, else with V times the groups."""
     size = info.batch_size
     input, offset, mask, weight, bias, *geometry, groups, offset_groups = arguments[:10]
-    defaults = arguments[10:]  # which a call may leave out
+    defaults = arguments[10:]  # of arguments that a call may leave out
     input_dim, offset_dim, mask_dim, weight_dim, bias_dim, *_ = in_dims
     shared = weight_dim is None and bias_dim is None
     fold, dim = (into_batch, 0) if shared else (into_channels, 1)
@@ -361,7 +362,7 @@ def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *a
 def _vmap_backward(
     convolve_backward: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Do as _vmap does; but each of the V calls has its own gradient of the weight."""
+    """Merge V calls into one like `_vmap`; if the weight needs a gradient, each call gets its own."""
     size = info.batch_size
     *images, weight = arguments[:5]  # grad_output, input, offset, mask
     *geometry, groups, offset_groups, output_mask, deterministic = arguments[5:12]

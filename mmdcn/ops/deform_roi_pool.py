@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable RoI pooling: the function, and what torch must know about its operator."""
+"""Deformable RoI pooling: the function, and the registration of its operator with torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,34 +39,36 @@ def deform_roi_pool(
     gamma: float = 0.1,
     aligned: bool = True,
 ) -> Tensor:  # [N, C, ph, pw]
-    """Pool regions of interest into bins that each move by their own offset.
+    """Pool regions of interest into bins, each shifted by its own offset.
 
     This is deformable RoI pooling (Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.2) on the grid
-    of RoIAlign (He et al., Mask R-CNN, ICCV 2017, section 3), as mmcv has it: without offsets it is RoIAlign, aligned.
-    A bin is the mean of bilinear samples. A sample more than one pixel beyond the image is zero, one that is nearer
-    counts as the nearest pixel.
+    of RoIAlign (He et al., Mask R-CNN, ICCV 2017, section 3), as in mmcv. Without offsets it is RoIAlign. A bin is the
+    mean of bilinear samples. A sample more than one pixel outside the image is zero; the coordinates of a nearer one
+    are clamped to the image.
 
     Args:
-        input: Images, in float64, float32, float16 or bfloat16; of any strides. The output has their memory format.
-        rois: The regions, (image, x1, y1, x2, y2): the number of the image, and two corners in pixels of the image
-            that `spatial_scale` maps to `input`. In the type of the input, or in float32 where that is narrower. They
-            get no gradient. A region with a NaN or an infinite corner gives NaN.
-        offset: Moves of each bin, (x, y) in units of gamma times the region's size; the type is as for the regions.
-            None: no bin moves. An infinite offset pools zero, a NaN gives NaN.
+        input: Images, in float64, float32, float16 or bfloat16, with any strides. The output has their memory format.
+        rois: The regions, (image, x1, y1, x2, y2): the index of the image, and two corners in pixels of the image,
+            which `spatial_scale` maps to `input`. They have the type of the input; with float16 or bfloat16 input, they
+            may be float32. They get no gradient. A region with a NaN or an infinite corner gives NaN.
+        offset: Shift of each bin, (x, y) in units of gamma times the region's size. The types are those of `rois`.
+            With None, no bin is shifted. An infinite offset pools zero, a NaN gives NaN.
         output_size: Number of bins, at least 1; one integer or (ph, pw).
-        spatial_scale: Size of a pixel of the image in pixels of `input`.
-        sampling_ratio: Samples of a bin along each axis. 0: as many as it has pixels, rounded up.
+        spatial_scale: Pixels of `input` per pixel of the image.
+        sampling_ratio: Samples per bin along each axis. With 0, a bin has as many samples as pixels, rounded up.
         gamma: Scale of the offsets.
-        aligned: Whether the middle of the first pixel is at 0.5, as in RoIAlign of today. If not, it is at 0, and a
-            region is at least one pixel of `input` wide and high, as in its first version.
+        aligned: Whether the centre of the first pixel is at 0.5, as in today's RoIAlign. If not, it is at 0, and a
+            region is at least one pixel of `input` wide and high, as in the first version of RoIAlign.
 
     Returns:
-        The bins, in the type of the input; under autocast, in autocast's type, while regions and offsets keep float32.
+        The bins, in the type of the input. Under autocast they have autocast's type, while regions and offsets are in
+        float32.
 
     Raises:
-        ValueError: If an argument's rank, shape, type or device does not fit, or an integer is 2^31 or more.
-        RuntimeError: If a region names an image that does not exist. On CUDA such a region gives NaN instead, because a
-            check would wait for the device.
+        ValueError: If the rank, shape, type or device of an argument does not fit, or an integer is too small, or is
+            2^31 or more.
+        RuntimeError: If a region refers to an image that does not exist. On CUDA such a region gives NaN instead,
+            because a check would wait for the device.
     """
     (input,), (rois, offset) = autocast((input,), (rois, offset))
     size = pair(output_size, 'output_size', 1)
@@ -91,12 +93,12 @@ def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair) -> No
 
 
 def _pool(*arguments: Any) -> Tensor:
-    """Run the operator, with its arguments."""
+    """Call the operator in the way that `run` chooses."""
     return run(torch.ops.mmdcn.deform_roi_pool, reference.deform_roi_pool, _DeformRoIPool, *arguments)
 
 
 def _pool_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Run the operator's backward, with its arguments."""
+    """Call the operator's backward in the way that `run` chooses."""
     return run(torch.ops.mmdcn.deform_roi_pool_backward, _reference_backward, _DeformRoIPoolBackward, *arguments)
 
 
@@ -182,20 +184,20 @@ def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> N
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiate the reference's backward, which consists of torch's operators; so every order works."""
+    """Differentiate the reference's backward; it consists of torch's operators, so derivatives of every order work."""
     return pull_back(_reference_backward, ctx.saved_tensors, ctx.settings, grads)
 
 
 def _numbered(size: int, dim: int | None, rois: Tensor, images: int) -> Tensor:  # [V*N, 5]
-    """Bring the regions of V calls, each with so many images, to those of one."""
-    rois = rois.to(torch.promote_types(rois.dtype, torch.float32))  # narrower types cannot count so many images
+    """Merge the regions of V calls into those of one call, in which the image indices of call v begin at v * images."""
+    rois = rois.to(torch.promote_types(rois.dtype, torch.float32))  # narrower types cannot represent large indices
     stacked = rois.expand(size, *rois.shape) if dim is None else rois.movedim(dim, 0)
     first = torch.arange(size, dtype=rois.dtype, device=rois.device) * images
     return torch.cat([stacked[..., :1] + first[:, None, None], stacked[..., 1:]], dim=2).flatten(0, 1)
 
 
 def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
-    """Map V calls to one, with V times the regions, and with V times the images if those differ."""
+    """Merge V calls into one, with V times the regions, and with V times the images unless the calls share them."""
     size = info.batch_size
     input, rois, offset, *settings = arguments
     shared = in_dims[0] is None
@@ -207,7 +209,7 @@ def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *argum
 def _vmap_backward(
     pool_backward: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Do as _vmap does; but each of the V calls has its own gradient of the images."""
+    """Merge V calls into one like `_vmap`, but without shared images: each call has its own gradient of them."""
     size = info.batch_size
     grad_output, input, rois, offset, *settings = arguments
     grads, images, moves = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Non-maximum suppression of boxes: the functions, and what torch must know about their operators."""
+"""Non-maximum suppression of boxes: the functions, and the registration of their operators with torch."""
 
 import torch
 from torch import Tensor
@@ -16,19 +16,19 @@ def nms(
     iou_threshold: float,
     offset: int = 0,
 ) -> Tensor:  # [M]
-    """Keep each box that overlaps no better box that is kept by more than a threshold.
+    """Keep each box that overlaps no kept box with a higher score by more than a threshold.
 
     Args:
         boxes: Corners (x1, y1, x2, y2), in float64, float32, float16 or bfloat16; narrow types are computed in float32.
         scores: The score of each box, in any of these types. Equal scores are in the order in which torch sorts them.
-        iou_threshold: Largest intersection over union of two boxes that are both kept.
-        offset: 1 if a box goes to the end of the pixel (x2, y2), as in the first versions of mmdet; else 0.
+        iou_threshold: Largest intersection over union (IoU) of two boxes that are both kept.
+        offset: 1 if a box includes the pixel (x2, y2), as in the first versions of mmdet; else 0.
 
     Returns:
-        The numbers of the boxes that are kept, the highest score first; in int64.
+        The indices of the kept boxes, in int64, the highest score first.
 
     Raises:
-        ValueError: If an argument's rank, shape, type or device does not fit, or the offset is neither 0 nor 1.
+        ValueError: If the rank, shape, type or device of an argument does not fit, or the offset is neither 0 nor 1.
     """
     _check(boxes, scores, offset)
     if boxes.is_cuda:
@@ -45,24 +45,24 @@ def soft_nms(
     method: str = 'linear',
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [M, 5], [M]
-    """Let the score of a box fall by its overlap with each better box (Bodla et al., Soft-NMS, ICCV 2017).
+    """Lower the score of each box by its overlap with boxes of higher score (Bodla et al., Soft-NMS, ICCV 2017).
 
-    It runs on the CPU, wherever the boxes are.
+    It runs on the CPU, whatever the device of the boxes.
 
     Args:
-        boxes: As of `nms`.
-        scores: As of `nms`.
-        iou_threshold: Least intersection over union that lowers a score; without effect where the method is gaussian.
-        sigma: Width of the gaussian: an overlap multiplies the score by exp(-overlap^2 / sigma).
-        min_score: A box whose score falls below it is dropped.
-        method: 'naive' multiplies by 0, 'linear' by 1 - overlap, 'gaussian' as above.
-        offset: As of `nms`.
+        boxes: As in `nms`.
+        scores: As in `nms`.
+        iou_threshold: Smallest IoU that lowers a score; the gaussian method ignores it.
+        sigma: Width of the gaussian, which multiplies the score by exp(-overlap^2 / sigma).
+        min_score: A box whose score falls below this is dropped.
+        method: 'naive' multiplies the score by 0, 'linear' by 1 - overlap, 'gaussian' by the factor above.
+        offset: As in `nms`.
 
     Returns:
-        The boxes that are kept with their new scores, the highest first, in the type of the boxes; and their numbers.
+        The kept boxes with their new scores, in the type of the boxes, the highest score first; and their indices.
 
     Raises:
-        ValueError: As `nms`, or if there is no such method.
+        ValueError: As in `nms`, or if the method is unknown.
     """
     _check(boxes, scores, offset)
     check(method in METHODS, lambda: f'method must be one of {", ".join(METHODS)}, got {method!r}')
@@ -76,20 +76,20 @@ def nms_match(
     scores: Tensor,  # [N]
     iou_threshold: float,
 ) -> list[list[int]]:
-    """Group each box that is kept with those that it suppresses, as in PISA (Cao et al., CVPR 2020).
+    """Group each kept box with the boxes that it suppresses, as in PISA (Cao et al., CVPR 2020).
 
-    Unlike in `nms`, an overlap of just the threshold suppresses. It runs on the CPU, wherever the boxes are.
+    Unlike in `nms`, an overlap equal to the threshold suppresses. It runs on the CPU, whatever the device of the boxes.
 
     Args:
-        boxes: As of `nms`.
-        scores: As of `nms`.
-        iou_threshold: Least intersection over union that suppresses.
+        boxes: As in `nms`.
+        scores: As in `nms`.
+        iou_threshold: Smallest IoU that suppresses a box.
 
     Returns:
-        The groups: numbers of boxes, the highest score first in each and among them.
+        The groups, as indices of boxes. The highest score comes first, both within a group and among the groups.
 
     Raises:
-        ValueError: As `nms`.
+        ValueError: As in `nms`.
     """
     _check(boxes, scores, 0)
     scores = scores.detach().cpu()

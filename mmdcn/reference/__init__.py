@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators compute, in plain PyTorch.
+"""Definitions of the operators in plain PyTorch.
 
-Slow and obvious: for tests, for reading, and for rare derivatives.
+They are slow and simple: for tests, for reading, and for rare derivatives.
 """
 
 from mmdcn.reference import conv2d

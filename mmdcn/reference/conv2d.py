@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The convolution family from first principles: slow, plain, and equal to torch.nn.functional.
 
-Five ways to convolve, three ways to convolve transposed, and the backward of a convolution.
-Every function takes the arguments of its counterpart in torch.nn.functional, the gradients those
-of torch.nn.grad.
+There are five ways to convolve, three ways to convolve transposed, and the backward of a convolution.
+Every function takes the arguments of its counterpart in torch.nn.functional; the gradients take
+those of torch.nn.grad.
 
 Note: [One sum, read five ways]
 A convolution is one sum of products over input channels c and taps (i, j):
@@ -11,14 +11,14 @@ A convolution is one sum of products over input channels c and taps (i, j):
     output[b, o, y, x] = sum over c, i, j of
         weight[o, c, i, j] * padded[b, c, y * stride + i * dilation, x * stride + j * dilation]
 
-    hold (y, x), sum over (c, i, j)    a window slides over the image      conv2d_direct
+    fix (y, x), sum over (c, i, j)     a window slides over the image      conv2d_direct
     stack the windows as rows          one matrix product                  conv2d_windows
-    hold (i, j), sum over c            a 1x1 convolution of a shifted view conv2d_taps
+    fix (i, j), sum over c             a 1x1 convolution of a shifted view conv2d_taps
     walk (i, j) and (y, x) by strides  a view that holds every window      conv2d_im2col
     collect the factor of each pixel   a matrix that acts on whole images  conv2d_toeplitz
 
-A position and a tap enter the sum alike: exchange stride and dilation and they change places.
-`geometry.lattice` serves both readings, and the gradient of the weight is a convolution for this reason.
+Positions and taps enter the sum symmetrically: exchanging stride and dilation exchanges their roles.
+Therefore `geometry.lattice` serves both readings, and the gradient of the weight is again a convolution.
 """
 
 from collections.abc import Iterable
@@ -71,7 +71,7 @@ def conv2d_windows(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Copy each window into a row of N numbers, then multiply the rows with the flat kernels."""
+    """Copy each window into a row of N numbers, then multiply the rows by the flattened kernels."""
     kernel = weight.shape[2:]
     shape = output_shape(input.shape[2:], kernel, stride, padding, dilation)
     axes = zip(shape, pair(stride), kernel, pair(dilation), strict=True)
@@ -95,7 +95,7 @@ def conv2d_taps(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Add up one 1x1 convolution per tap, each of a shifted view of the NHWC image."""
+    """Add up one 1x1 convolution per tap, each over a shifted view of the NHWC image."""
     kernel = weight.shape[2:]
     image = split_groups(pad(input, padding).permute(0, 2, 3, 1), -1, groups)
     kernels = split_groups(weight, 0, groups)  # [G, C_out / G, C_in / G, K_h, K_w]
@@ -117,8 +117,8 @@ def im2col(
 ) -> Tensor:  # [B, groups, C_in / groups * K_h * K_w, H_out * W_out]
     """Lay the windows out as columns.
 
-    A step to the next tap and a step to the next position both walk over the padded image, so the
-    windows are a view of it with six strides; only the flattening copies.
+    A step to the next tap and a step to the next position are both steps in the padded image, so
+    the windows are a strided view of it; only the flattening copies.
     """
     k_h, k_w = kernel
     shape = output_shape(input.shape[2:], (k_h, k_w), stride, padding, dilation)
@@ -139,7 +139,7 @@ def conv2d_im2col(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Multiply the flattened kernels with the columns of im2col."""
+    """Multiply the flattened kernels by the columns of im2col."""
     kernel = weight.shape[2:]
     shape = output_shape(input.shape[2:], kernel, stride, padding, dilation)
     kernels = split_groups(weight, 0, groups).flatten(2)  # [G, C_out / G, C_in / G * K_h * K_w]
@@ -155,7 +155,7 @@ def toeplitz_matrix(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:  # [C_out * H_out * W_out, C_in * H * W], sparse COO
-    """Write the convolution down as the matrix that turns a flat image into its flat output.
+    """Build the matrix that maps a flattened image to the flattened output of the convolution.
 
     At stride 1 its blocks, one per pair of channels, are Toeplitz matrices of Toeplitz matrices:
     constant along diagonals. Taps that read the padding have no entry.
@@ -188,7 +188,7 @@ def conv2d_toeplitz(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Multiply every flat image with the Toeplitz matrix."""
+    """Multiply every flattened image by the Toeplitz matrix."""
     size = input.shape[2:]
     matrix = toeplitz_matrix(weight, size, stride, padding, dilation, groups)
     shape = output_shape(size, weight.shape[2:], stride, padding, dilation)
@@ -206,9 +206,9 @@ def conv_transpose2d_scatter(
     groups: int = 1,
     dilation: IntPair = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Let every pixel add its multiple of the kernel to a padded canvas, then cut the padding off.
+    """Let every pixel add its multiple of the kernel to a padded canvas, then crop the padding.
 
-    All pixels add the same tap at once: no two of them meet there.
+    All pixels add the same tap at once: for one tap, no two of them write to the same position.
     """
     kernel = weight.shape[2:]
     (pad_y, pad_x), size = pair(padding), input.shape[2:]
@@ -233,7 +233,7 @@ def conv_transpose2d_upsample(
     groups: int = 1,
     dilation: IntPair = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Pull the pixels `stride` apart, fill with zeros, and convolve with the flipped kernel.
+    """Space the pixels `stride` apart, fill the gaps with zeros, and convolve with the flipped kernel.
 
     Note: [A transposed convolution reads through the flipped kernel]
     Scattering sends input position y through tap i to output y * stride + i * dilation - padding.
@@ -242,8 +242,8 @@ def conv_transpose2d_upsample(
         y * stride = z + padding - i * dilation
                    = z + i' * dilation - (dilation * (K - 1) - padding)    with i' = K - 1 - i,
 
-    a convolution of stride 1 with the flipped kernel and the padding in brackets, which crops
-    where it is negative. output_padding lengthens the far side only.
+    which is a convolution of stride 1 with the flipped kernel. The term in brackets is its padding,
+    which crops where it is negative. output_padding extends only the far side.
     """
     kernel = weight.shape[2:]
     size = input.shape[2:]
@@ -271,10 +271,10 @@ def conv_transpose2d_toeplitz(
     groups: int = 1,
     dilation: IntPair = 1,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Multiply with the transpose of the matrix of the convolution that leads the other way.
+    """Multiply by the transposed Toeplitz matrix of the convolution in the opposite direction.
 
-    That convolution has more positions than the input has pixels if output_padding reaches the
-    stride (which a larger dilation allows); the input is zero at those.
+    That convolution has more output positions than the input has pixels if output_padding reaches
+    the stride (which a larger dilation allows). The input is padded with zeros at these positions.
     """
     kernel, (height, width) = weight.shape[2:], input.shape[2:]
     shape = transposed_output_shape((height, width), kernel, stride, padding, output_padding, dilation)
@@ -294,16 +294,17 @@ def conv2d_grad_input(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:  # [B, C_in, H, W]
-    """Send the gradient of the output back to the pixels it was computed from.
+    """Send the gradient of the output back to the pixels from which the output was computed.
 
     Note: [The gradient of the input is a transposed convolution]
-    output = M @ input makes grad_input = M.T @ grad_output, M the Toeplitz matrix: the transposed
-    convolution with the same weight. The division in output_size drops the remainder
+    With the Toeplitz matrix M, output = M @ input implies grad_input = M.T @ grad_output: the
+    transposed convolution with the same weight. The division in output_size drops the remainder
 
         (H + 2 * padding - dilation * (K - 1) - 1) % stride,
 
-    rows at the far side that no window begins in. output_padding gives them back: the transposed
-    convolution must return H rows, and of all sizes that lead to H_out it assumes the smallest.
+    the number of rows at the far side that lie beyond the last window. output_padding restores
+    them: the transposed convolution must return H rows, but assumes the smallest of all sizes that
+    lead to H_out.
     """
     size, kernel = input_size[2:], weight.shape[2:]
     smallest = transposed_output_shape(grad_output.shape[2:], kernel, stride, padding, 0, dilation)
@@ -323,15 +324,15 @@ def conv2d_grad_weight(
     """Convolve the input with the gradient of the output.
 
     Note: [The gradient of the weight is a convolution]
-    Differentiating the sum in Note [One sum, read five ways] leaves
+    Differentiating the sum in Note [One sum, read five ways] gives
 
         grad_weight[o, c, i, j] = sum over b, y, x of
             grad_output[b, o, y, x] * padded[b, c, i * dilation + y * stride, ...],
 
-    a convolution in which images and channels change roles, as do stride and dilation: the
-    batch is summed over, grad_output is a kernel whose taps lie `stride` apart, and it moves by
-    `dilation`. Rows that the stride left over at the far side leave it room for more steps than
-    the kernel has taps; those are cut off.
+    a convolution in which images and channels exchange roles, as do stride and dilation. It sums
+    over the batch. Its kernel is grad_output, whose taps lie `stride` apart and which moves by
+    `dilation`. If rows lie beyond the last window at the far side, this kernel has room for more
+    steps than the weight has taps; the surplus is cropped.
     """
     _, _, k_h, k_w = weight_size
     image = split_groups(input, 1, groups).permute(2, 1, 0, 3, 4).flatten(1, 2)
@@ -349,7 +350,7 @@ def conv2d_grad_weight_im2col(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:  # [C_out, C_in / groups, K_h, K_w]
-    """Multiply the gradient of the output with the transposed columns, and add up the images."""
+    """Multiply the gradient of the output by the transposed columns, and sum over the images."""
     columns = im2col(input, weight_size[2:], stride, padding, dilation, groups)
     grad = split_groups(grad_output, 1, groups).flatten(3)  # [B, G, C_out / G, H_out * W_out]
     return torch.einsum('bgol,bgnl->gon', grad, columns).reshape(weight_size)
@@ -358,5 +359,5 @@ def conv2d_grad_weight_im2col(
 def conv2d_grad_bias(
     grad_output: Tensor,  # [B, C_out, H_out, W_out]
 ) -> Tensor:  # [C_out]
-    """Add up each channel: its bias reached every pixel of every image once."""
+    """Sum each channel: its bias is added once to every pixel of every image."""
     return grad_output.sum((0, 2, 3))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution and its backward, step by step, on any device and in any floating type.
+"""Deformable convolution and its backward, step by step, on any device and in any floating-point type.
 
-Types narrower than float32 are computed in float32, and the results rounded.
+Types narrower than float32 are computed in float32, and the results are rounded.
 
 Shapes: B images; C_in = G * C channels in G offset groups; K = kh * kw taps; P = H_out * W_out
 output positions.
@@ -18,7 +18,7 @@ from mmdcn.reference.geometry import IntPair, output_shape, pair
 class Cell(NamedTuple):
     """The four corners around each sample: see Note [Bilinear sampling] in csrc/core/bilinear.h."""
 
-    pixels: Tensor  # [4, B, G, K, P], y * W + x of each corner; any valid index for one outside
+    pixels: Tensor  # [4, B, G, K, P], y * W + x of each corner; an arbitrary valid index if outside
     inside: Tensor  # [4, B, G, K, P], whether the corner is a pixel of the image
     fy: Tensor  # [B, G, K, P], in [0, 1), or NaN
     fx: Tensor  # [B, G, K, P]
@@ -72,12 +72,12 @@ def deform_conv2d_backward(
     grad_mask = None if mask is None else (grad_columns * samples).sum(2).reshape(mask.shape)
     grad_samples = _scale(grad_columns, mask)
 
-    # How a sample changes with its place, summed over the channels that share the place.
+    # The derivative of a sample by its coordinates, summed over the channels that share them.
     slope_y, slope_x = slopes(corners, cell)
     grad_places = torch.stack([(grad_samples * slope_y).sum(2), (grad_samples * slope_x).sum(2)], dim=3)
     grad_offset = grad_places.reshape(offset.shape)  # [B, G, K, 2, P] -> [B, 2*G*K, H_out, W_out]
 
-    # Each corner gets the sample's gradient times its share in the sample.
+    # Each corner gets the sample's gradient times its bilinear weight.
     grad_input = torch.zeros_like(_group_planes(input, samples.shape[1]))  # [B, G, C, H*W]
     for share, pixels, inside in zip(corner_weights(cell), cell.pixels, cell.inside, strict=True):
         share_of_grad = torch.where(inside.unsqueeze(2), grad_samples * share.unsqueeze(2), 0)
@@ -129,7 +129,7 @@ def regular_places(
     dilation: IntPair,
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:  # y and x, each [K, P]
-    """Return the places where the taps sample without an offset."""
+    """Return the coordinates at which the taps sample without offsets."""
 
     def axis(i: int) -> Tensor:  # [kernel, out]
         taps = torch.arange(kernel[i], device=like.device) * pair(dilation)[i]
@@ -144,7 +144,7 @@ def regular_places(
 
 
 def corner_values(input: Tensor, cell: Cell) -> Tensor:  # [4, B, G, C, K, P]
-    """Read the four corners of each sample; one outside the image is zero."""
+    """Read the four corners of each sample; a corner outside the image is zero."""
     _, offset_groups, taps, positions = cell.fy.shape
     planes = _group_planes(input, offset_groups)
     size = (*planes.shape[:3], taps * positions)
@@ -163,12 +163,12 @@ def corner_weights(cell: Cell) -> Tensor:  # [4, B, G, K, P]
 
 
 def interpolate(corners: Tensor, cell: Cell) -> Tensor:  # [B, G, C, K, P]
-    """Blend the four corners."""
+    """Interpolate between the four corners."""
     return (corner_weights(cell).unsqueeze(3) * corners).sum(0)
 
 
 def slopes(corners: Tensor, cell: Cell) -> tuple[Tensor, Tensor]:  # each [B, G, C, K, P]
-    """Return the derivative of each sample by its y and by its x."""
+    """Return the derivatives of each sample with respect to its y and its x."""
     v0, v1, v2, v3 = corners
     fy, fx = cell.fy.unsqueeze(2), cell.fx.unsqueeze(2)
     return (1 - fx) * (v2 - v0) + fx * (v3 - v1), (1 - fy) * (v1 - v0) + fy * (v3 - v2)

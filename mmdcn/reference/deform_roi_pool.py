@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable RoI pooling and its backward, region by region, on any device and in any floating type.
+"""Deformable RoI pooling and its backward, region by region, on any device and in any floating-point type.
 
-Types narrower than float32 are computed in float32, and the results rounded.
+Types narrower than float32 are computed in float32, and the results are rounded.
 
-Shapes: B images; N regions; ph x pw bins. A bin is a mean over a grid of gy x gx samples, each of which is bilinear:
-its value is a factor of each row times a factor of each column, summed over the image. So is their mean.
+Shapes: B images; N regions; ph x pw bins. A bin is the mean over a grid of gy x gx bilinear samples. A sample is the
+sum over all pixels of the pixel times a factor of its row and a factor of its column. The mean has the same form.
 """
 
 import math
@@ -18,7 +18,7 @@ from mmdcn.reference.geometry import IntPair, pair
 
 
 class Factors(NamedTuple):
-    """What each pixel of an axis contributes to each bin, and by how much that grows with the bin's offset."""
+    """The share of each pixel of an axis in each bin, and the derivative of the share by the bin's offset."""
 
     share: Tensor  # [ph, pw, size]
     slope: Tensor  # [ph, pw, size]
@@ -37,7 +37,7 @@ def deform_roi_pool(
     """Define `mmdcn.ops.deform_roi_pool`: the mean of the samples of each bin."""
     dtype, size = input.dtype, pair(output_size)
     input, rois, offset = widen(input, rois.detach(), offset)
-    none = input.flatten()[:0].reshape(0, input.shape[1], *size)  # with the history of what it is made of
+    none = input.flatten()[:0].reshape(0, input.shape[1], *size)  # keeps the autograd history of the input
     outputs = [none if offset is None else none + offset[:0, :1]]
     for roi, moves in _regions(rois, offset, size):
         rows, columns = _factors(roi, moves, input, spatial_scale, sampling_ratio, gamma, aligned)
@@ -56,7 +56,7 @@ def deform_roi_pool_backward(
     gamma: float = 0.1,
     aligned: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of input and offset: by the chain rule, not autograd."""
+    """Return the gradients of input and offset, by the chain rule instead of autograd."""
     types = input.dtype, None if offset is None else offset.dtype
     grad_output, input, rois, offset = widen(grad_output, input, rois.detach(), offset)
     size = (grad_output.shape[2], grad_output.shape[3])
@@ -92,7 +92,7 @@ def _factors(
     """Return the factors of the rows and those of the columns."""
 
     def axis(dim: int, bins: int, number: Tensor, pixels: int) -> Factors:  # dim 0: x, 1: y
-        start = roi[1 + dim] * spatial_scale - 0.5 * aligned  # the middle of the first pixel is at 0
+        start = roi[1 + dim] * spatial_scale - 0.5 * aligned  # the centre of the first pixel is coordinate 0
         length = (roi[3 + dim] - roi[1 + dim]) * spatial_scale
         if not aligned:
             length = length.clamp(min=1)
@@ -108,13 +108,13 @@ def _factors(
 
 
 def _count(bin_length: Tensor) -> int:
-    """Return the number of samples along an axis of a bin: one for each pixel or part of one."""
+    """Return the number of samples along an axis of a bin: one per pixel, rounded up."""
     length = bin_length.item()
     return max(math.ceil(length), 0) if math.isfinite(length) else 1
 
 
 def _bilinear(places: Tensor, pixels: int) -> tuple[Tensor, Tensor]:  # each [ph, pw, g, pixels]
-    """Return each pixel's share in a sample of an axis, and its slope, by RoIAlign's rule."""
+    """Return each pixel's share in each sample along an axis, and the share's slope, by RoIAlign's border rule."""
     inside = (places >= -1) & (places <= pixels)
     place = places.clamp(0, pixels - 1)
     low = torch.where(inside, place, 0).floor()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes, positions and groups: what the convolution family has in common."""
+"""Sizes, positions and groups that the functions of the convolution family share."""
 
 from collections.abc import Iterable
 from itertools import product
@@ -13,7 +13,7 @@ IntPair = int | Pair
 
 
 def pair(value: IntPair) -> Pair:
-    """Return (y, x), the same for both axes if it is one number."""
+    """Return (y, x); a single number applies to both axes."""
     return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)
 
 
@@ -37,7 +37,7 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 def transposed_output_size(
     size: int, kernel: int, stride: int, padding: int, output_padding: int, dilation: int
 ) -> int:
-    """Invert output_size; output_padding chooses among the sizes that a stride rounds to one."""
+    """Invert output_size; output_padding chooses among the sizes that a stride maps to the same output size."""
     return (size - 1) * stride + dilation * (kernel - 1) + 1 - 2 * padding + output_padding
 
 
@@ -77,7 +77,7 @@ def lattice(index: Pair, scale: IntPair, step: IntPair, count: Iterable[int]) ->
 
 
 def positions(size: Iterable[int]) -> Iterable[Pair]:
-    """Walk over all (y, x) of a plane or a kernel, row by row."""
+    """Iterate over all (y, x) of a plane or a kernel, row by row."""
     height, width = size
     return product(range(height), range(width))
 
@@ -87,7 +87,7 @@ def split_groups(
     dim: int,
     groups: int,
 ) -> Tensor:  # [..., groups, C / groups, ...]
-    """Unflatten the groups into a dimension of their own."""
+    """Split a dimension into groups, which get a dimension of their own."""
     return torch.unflatten(tensor, dim, (groups, -1))
 
 
@@ -95,5 +95,5 @@ def add_bias(
     output: Tensor,  # [B, C_out, H_out, W_out]
     bias: Tensor | None,  # [C_out]
 ) -> Tensor:  # [B, C_out, H_out, W_out]
-    """Add one number to every plane."""
+    """Add one number to each plane, if there is a bias."""
     return output if bias is None else output + bias[:, None, None]

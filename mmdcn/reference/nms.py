@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Non-maximum suppression, box by box, in Python's own numbers."""
+"""Non-maximum suppression, box by box, in plain Python numbers."""
 
 import math
 
@@ -28,7 +28,7 @@ def soft_nms(
     method: str = 'linear',
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Define mmdcn.ops.soft_nms, but for the order of equal scores."""
+    """Define mmdcn.ops.soft_nms, except for the order of equal scores."""
     corners, left, kept = boxes.tolist(), dict(enumerate(scores.tolist())), []
     while left:
         best = max(left, key=lambda number: left[number])
@@ -60,7 +60,7 @@ def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[list[
 
 
 def _overlap(a: Box, b: Box, offset: int) -> float:
-    """Return the intersection over union; NaN, which exceeds nothing, of boxes of no size."""
+    """Return the intersection over union; NaN, which exceeds no threshold, if the union has no area."""
     width = max(min(a[2], b[2]) - max(a[0], b[0]) + offset, 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]) + offset, 0)
     areas = sum((box[2] - box[0] + offset) * (box[3] - box[1] + offset) for box in (a, b))

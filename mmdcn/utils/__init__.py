@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mmengine asks of a package by these names."""
+"""Functions that mmengine looks up by name in a package."""
 
 from mmdcn.utils.setup_env import register_all_modules
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are complete or absent."""
+"""Writing files so that they are either complete or absent."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,14 @@ from tempfile import TemporaryDirectory
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, in a folder beside `path`; what is written there replaces `path` at the end.
+    """Yield a path to write to, in a temporary folder beside `path`; the file written there replaces `path` at the end.
 
-    The name stays the same. Further files in that folder move along. After an error, older files are as they were.
+    The file has the same name in both folders. Other files in the temporary folder move along. After an error, existing
+    files are unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f'{path.name}.', suffix='.partial', dir=path.parent) as folder:
         yield Path(folder, path.name)
-        # An ONNX model goes after its NAME.data.
+        # The reverse order moves an ONNX model after its NAME.data.
         for written in sorted(Path(folder).iterdir(), reverse=True):
             written.replace(path.parent / written.name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables on the terminal, which are Markdown's too."""
+"""Tables for the terminal, in Markdown."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Print rows of text below the names of their columns."""
+    """Print rows of text under the column names."""
     table = Table(*columns, box=box.MARKDOWN)
     for row in rows:
         table.add_row(*row)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools to look inside."""
+"""Tools that show what deformable layers do: sampling locations, offset statistics, receptive fields."""
 
 from mmdcn.visualization.grids import Grid, GridTracker
 from mmdcn.visualization.receptive_field import effective_receptive_field

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each part of a detector computes and holds."""
+"""Parameters, activations and FLOPs of each layer of a detector."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,22 +18,22 @@ import mmdcn.modules.complexity  # noqa: F401  (so that mmengine counts mmdcn's 
 
 @dataclass(frozen=True)
 class LayerComplexity:
-    """What one module does itself, without its children, on one image."""
+    """The figures of one module for one image, without those of its child modules."""
 
     name: str
     kind: str  # its class
     parameters: int
-    activations: int  # numbers in the outputs of convolutions, linear layers and mmdcn's operators
+    activations: int  # elements in the outputs of convolutions, linear layers and mmdcn's operators
     flops: int  # multiply-adds, as mmengine counts them
     flops_of_torch: int  # floating-point operations of matrix products and mmdcn's operators, as torch counts them
 
 
 @dataclass(frozen=True)
 class DetectorComplexity:
-    """The layers that compute or hold anything, and the operators that mmengine does not count."""
+    """The layers with parameters or a nonzero count, and the operators that mmengine does not count."""
 
     layers: list[LayerComplexity]
-    uncounted: dict[str, int]  # how often each is called
+    uncounted: dict[str, int]  # number of calls of each operator
 
     def total(self, what: str) -> int:
         """Return the sum of one figure, such as `flops`, over the layers."""
@@ -41,15 +41,15 @@ class DetectorComplexity:
 
 
 def detector_complexity(model: Any, height: int, width: int) -> DetectorComplexity:
-    """Count what a detector of mmdet does with one image, up to what its heads give; not the boxes' postprocessing.
+    """Count the computation of an mmdet detector on one image, up to the outputs of its heads.
 
-    The image is noise. In a detector of two stages the number of regions, and so what the second stage computes,
-    depends on the image and the weights.
+    The postprocessing of the boxes is not counted. The image is random noise. In a two-stage detector, the number of
+    regions depends on the image and the weights, and with it the cost of the second stage.
 
     Args:
-        model: The detector. It is put into evaluation mode.
-        height: Of the image, in pixels, before it is padded to the size that the detector asks for.
-        width: Likewise.
+        model: The detector. It is switched to evaluation mode.
+        height: The height of the image in pixels, before it is padded to the size that the detector needs.
+        width: The width, likewise.
     """
     model.eval()
     data = model.data_preprocessor(_batch(height, width), False)
@@ -95,7 +95,7 @@ def _of_torch(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
 
 
 def _own(counts: Mapping[str, float]) -> Counter[str]:
-    """Return what each module counts beyond the modules inside it, of which some may be missing."""
+    """Subtract from each module's count the counts of the modules inside it, some of which may be missing."""
     own = Counter({name: int(count) for name, count in counts.items()})
     for name, count in counts.items():
         parts = name.split('.')

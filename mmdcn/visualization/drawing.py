@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what a SamplingRecorder has recorded."""
+"""Figures of the sampling locations that a `SamplingRecorder` has recorded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,30 +15,30 @@ from torch import Tensor
 
 from mmdcn.visualization.sampling_points import SampledLayer, SamplingRecorder
 
-# Behind the text, so that it can be read on any ground.
+# A dark box behind the text keeps it readable on any background.
 _LABEL = dict(facecolor='black', alpha=0.6, lw=0, pad=0.8)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, and how it became the network's input.
+    """An image, and the scale at which the network takes it.
 
-    Pixel (y, x) of the network's input lies on (y + 0.5) / scale - 0.5 of the image, the same for x.
+    Coordinate y of the network's input corresponds to (y + 0.5) / scale - 0.5 in the image, and likewise for x.
     """
 
     pixels: np.ndarray[Any, Any]  # [H, W, 3], RGB, uint8
     scale: tuple[float, float] = (1.0, 1.0)  # (y, x)
 
     def from_input(self, places: Tensor) -> Tensor:  # [..., 2] -> [..., 2]
-        """Return the places (y, x) in the image of places in the network's input."""
+        """Convert locations (y, x) from pixels of the network's input to pixels of the image."""
         return (places + 0.5) / places.new_tensor(self.scale) - 0.5
 
     def to_input(self, y: float, x: float) -> tuple[float, float]:
-        """Return the place in the network's input of a place in the image."""
+        """Convert a location from pixels of the image to pixels of the network's input."""
         return (y + 0.5) * self.scale[0] - 0.5, (x + 0.5) * self.scale[1] - 0.5
 
     def show(self, ax: Axes) -> None:
-        """Draw the image, and keep the axes at its edges whatever is drawn over it."""
+        """Draw the image, and limit the axes to its edges."""
         ax.imshow(self.pixels)
         ax.set(xlim=(-0.5, self.pixels.shape[1] - 0.5), ylim=(self.pixels.shape[0] - 0.5, -0.5))
         ax.set_axis_off()
@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Detection:
-    """A box of a detector, in pixels of the image."""
+    """A detected box, in pixels of the image."""
 
     left: float
     top: float
@@ -62,7 +62,7 @@ class Detection:
 
     @property
     def size(self) -> float:
-        """The longer side."""
+        """The length of the longer side."""
         return max(self.right - self.left, self.bottom - self.top)
 
     def draw(self, ax: Axes) -> None:
@@ -78,9 +78,9 @@ class Detection:
 def new_figure(
     rows: int, columns: int, pixels: np.ndarray[Any, Any], width: float = 3.4, beside: float = 0.0
 ) -> tuple[Figure, np.ndarray[Any, Any]]:
-    """Make a figure of images that are so many inches wide, with room beside each, and its axes [rows, columns].
+    """Make a figure of images and its axes [rows, columns]; `width` and the room `beside` each image are in inches.
 
-    It is not among pyplot's, and needs no display.
+    The figure is not registered in pyplot and needs no display.
     """
     height = width * pixels.shape[0] / pixels.shape[1]
     figure = Figure(figsize=((width + beside) * columns, (height + 0.2) * rows + 0.3), layout='compressed', dpi=110)
@@ -89,7 +89,7 @@ def new_figure(
 
 
 def pixels_of(figure: Figure) -> np.ndarray[Any, Any]:  # [H, W, 3], RGB, uint8
-    """Draw a figure."""
+    """Render a figure to an array."""
     canvas: Any = figure.canvas
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -98,7 +98,16 @@ def pixels_of(figure: Figure) -> np.ndarray[Any, Any]:  # [H, W, 3], RGB, uint8
 def draw_points(
     ax: Axes, picture: Picture, places: Tensor, weights: Tensor, centre: tuple[float, float], size: float = 12
 ) -> None:
-    """Draw sampling points [N, 2] of the network's input, heavier ones darker, around a place (y, x) of the image."""
+    """Draw sampling points, opaque where their weight is large, and the location that they belong to.
+
+    Args:
+        ax: The axes that show the picture.
+        picture: The image.
+        places: The points (y, x) in pixels of the network's input, [N, 2].
+        weights: Their weights, [N].
+        centre: The location (y, x) in pixels of the image.
+        size: The area of a point, as in `Axes.scatter`.
+    """
     at = picture.from_input(places)
     shade: Any = (weights / weights.max().clamp(min=1e-12)).clamp(min=0.2).numpy()
     ax.scatter(at[:, 1], at[:, 0], s=size, c='red', edgecolors='white', alpha=shade, lw=0.02 * size)
@@ -108,7 +117,7 @@ def draw_points(
 def draw_detections(
     ax: Axes, picture: Picture, recorder: SamplingRecorder, detections: Sequence[Detection], depth: int
 ) -> None:
-    """Draw the boxes, and for each the sampling points of its centre in the layer that suits its size."""
+    """Draw each box, and the sampling points for its centre in the layer that suits the size of the box."""
     picture.show(ax)
     for detection in detections:
         detection.draw(ax)
@@ -129,10 +138,10 @@ def points_figure(
 
     Args:
         picture: The image.
-        recorder: Has run the network on it.
-        layer: The name of the last of the layers.
-        locations: Places (y, x) in pixels of the image, one for each row.
-        depth: The most layers to follow, at least 1; the columns follow 1 layer, 2, and so on.
+        recorder: The recorder of a run of the network on this image.
+        layer: The name of the last of the stacked layers.
+        locations: Locations (y, x) in pixels of the image, one per row.
+        depth: The maximum number of layers to follow, at least 1; the columns follow 1 layer, 2 layers, and so on.
     """
     depths = range(1, min(depth, len(recorder.stack(layer))) + 1)
     figure, axes = new_figure(len(locations), len(depths), picture.pixels)
@@ -142,7 +151,7 @@ def points_figure(
             picture.show(ax)
             draw_points(ax, picture, places, weights, location, size=32 / followed**1.5)
             ax.set_title(f'{len(places)} points', fontsize=9)
-    figure.suptitle(f'Sampling points of {layer} and the layers before it, for the place +', fontsize=10)
+    figure.suptitle(f'Sampling points of {layer} and the layers before it, for the location +', fontsize=10)
     return figure
 
 
@@ -153,7 +162,7 @@ def magnitude_map(layer: SampledLayer) -> Tensor:  # [H_out, W_out]
 
 
 def maps_figure(picture: Picture, recorder: SamplingRecorder) -> Figure:
-    """Draw for each layer the mean length of its offsets, and for a modulated one the mean of its masks."""
+    """Draw the mean offset length of each layer, and the mean mask of each modulated layer."""
     columns = 1 + any(layer.modulated for layer in recorder.layers)
     figure, axes = new_figure(len(recorder.layers), columns, picture.pixels, width=2.7, beside=0.5)
     for row, layer in zip(axes, recorder.layers, strict=True):
@@ -166,7 +175,7 @@ def maps_figure(picture: Picture, recorder: SamplingRecorder) -> Figure:
 
 
 def _draw_map(ax: Axes, picture: Picture, layer: SampledLayer, values: Tensor, label: str) -> None:
-    """Draw a map where its positions lie, each as large as its stride."""
+    """Draw a map over the image: each position is a rectangle of the size of its stride."""
     picture.show(ax)
     height, width = values.shape
     corners = torch.tensor([[-0.5, -0.5], [height - 0.5, width - 0.5]])
@@ -181,13 +190,13 @@ def _draw_map(ax: Axes, picture: Picture, layer: SampledLayer, values: Tensor, l
 def field_figure(
     picture: Picture, fields: Sequence[Tensor], locations: Sequence[tuple[float, float]], layer: str
 ) -> Figure:
-    """Draw effective receptive fields.
+    """Draw the effective receptive fields of a layer at several locations.
 
     Args:
         picture: The image.
-        fields: For each place the field [H, W] of the network's input, as of `effective_receptive_field`.
-        locations: Their places (y, x) in pixels of the image.
-        layer: The name of their layer.
+        fields: The field [H, W] over the network's input for each location, as `effective_receptive_field` returns it.
+        locations: The locations (y, x) in pixels of the image.
+        layer: The name of the layer.
     """
     columns = min(4, len(locations))
     figure, axes = new_figure(-(-len(locations) // columns), columns, picture.pixels)
@@ -198,11 +207,11 @@ def field_figure(
         (top, left), (bottom, right) = picture.from_input(
             torch.tensor([[-0.5, -0.5], [field.shape[0] - 0.5, field.shape[1] - 0.5]])
         ).tolist()
-        strength = (field / field.max().clamp(min=1e-30)).sqrt()  # the root shows the faint rim too
+        strength = (field / field.max().clamp(min=1e-30)).sqrt()  # the square root makes the faint rim visible
         ax.imshow(strength, extent=(left, right, bottom, top), cmap='inferno', alpha=0.25 + 0.75 * strength)
         ax.plot(location[1], location[0], '+', color='cyan', ms=8, mew=1.5)
-        share = (field > 0.0455 * field.max()).double().mean()  # as Luo et al. count: within two deviations
+        share = (field > 0.0455 * field.max()).double().mean()  # Luo et al.'s threshold: two standard deviations
         ax.set_title(f'{share:.1%} of the image', fontsize=9)
         ax.set(xlim=(-0.5, picture.pixels.shape[1] - 0.5), ylim=(picture.pixels.shape[0] - 0.5, -0.5))
-    figure.suptitle(f'Effective receptive field of {layer} at the place +', fontsize=10)
+    figure.suptitle(f'Effective receptive field of {layer} at the location +', fontsize=10)
     return figure

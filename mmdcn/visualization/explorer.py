@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offset explorer: one HTML page that shows where each deformable layer looks, wherever the pointer is."""
+"""The offset explorer: an HTML page that shows where each layer samples for the location under the pointer."""
 
 import base64
 import json
@@ -14,22 +14,22 @@ from torch import Tensor
 from mmdcn.visualization.drawing import Detection, Picture
 from mmdcn.visualization.sampling_points import SampledLayer, SamplingRecorder
 
-_NOT_FINITE = -32768  # among the offsets, which are of -32767 to 32767 units
+_NOT_FINITE = -32768  # marks an offset that is not finite; finite offsets have -32767 to 32767 units
 
 
 def explorer_page(
     picture: Picture, recorder: SamplingRecorder, detections: Sequence[Detection], title: str, subtitle: str = ''
 ) -> str:
-    """Return the page as HTML that needs no other file, server or network.
+    """Return the explorer as one HTML page, which needs no other file, server or network.
 
-    Offsets are rounded to 1/32767 of the largest of their layer, masks to 1/255.
+    Offsets are rounded to 1/32767 of their layer's largest offset, masks to 1/255.
 
     Args:
         picture: The image.
-        recorder: Has run the network on it.
-        detections: Boxes to choose from.
-        title: The page's title.
-        subtitle: A line below it.
+        recorder: The recorder of a run of the network on this image.
+        detections: The boxes that the reader can choose.
+        title: The title of the page.
+        subtitle: A line below the title.
     """
     height, width = picture.pixels.shape[:2]
     data = dict(
@@ -49,7 +49,7 @@ def explorer_page(
             for found in detections
         ],
     )
-    text = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')  # so that no text can end the script
+    text = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')  # so that no text can end the script element
     page = files('mmdcn.visualization').joinpath('explorer.html').read_text(encoding='utf-8')
     return page.replace('{{ data }}', text)
 
@@ -60,7 +60,7 @@ def _data_url(pixels: np.ndarray[Any, Any]) -> str:
 
 
 def _describe(layer: SampledLayer, picture: Picture) -> dict[str, Any]:
-    """Return what the page needs of a layer, in pixels of the image."""
+    """Return the data of a layer for the page, in pixels of the image."""
     scale = np.array(picture.scale)
     stride, start = np.array(layer.grid.stride), np.array(layer.grid.start)
     offset = layer.offset.double().numpy() * np.array(layer.input_stride)[:, None, None] / scale[:, None, None]
@@ -68,7 +68,7 @@ def _describe(layer: SampledLayer, picture: Picture) -> dict[str, Any]:
     offset = np.where(finite, offset, 0)
     unit = np.abs(offset).max(axis=(0, 1, 3, 4)).clip(1e-6) / 32767
     rounded = np.where(finite, np.rint(offset / unit[:, None, None]), _NOT_FINITE).astype('<i2')
-    corner = layer.regular[:, :, 0, 0].double().numpy()  # [K, 2], of the taps of position (0, 0)
+    corner = layer.regular[:, :, 0, 0].double().numpy()  # [K, 2], the taps of position (0, 0)
     return dict(
         name=layer.name,
         stride=(stride / scale).tolist(),

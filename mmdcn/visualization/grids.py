@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pixel of the image a position of a feature map lies on.
+"""Grids: the pixel of the image at which each position of a feature map lies.
 
 Note: [Positions in the image]
-The size of a map does not tell its stride: 48 rows at stride 32 give a map of 2 rows, as 24 rows do at stride 16. So
-the grid of each tensor follows from the operators that made it. Position o of a convolution or pooling of stride s,
-padding p, dilation d and kernel size k has its centre on position o * s - p + d * (k - 1) / 2 of its input.
+The size of a map does not determine its stride: 48 rows at stride 32 give a map of 2 rows, as 24 rows do at stride 16.
+So the grid of each tensor is computed from the operators that produced it. For a convolution or pooling with stride s,
+padding p, dilation d and kernel size k, the centre of output position o is input position o * s - p + d * (k - 1) / 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,22 +22,22 @@ Pair = tuple[float, float]  # (y, x)
 
 @dataclass(frozen=True)
 class Grid:
-    """The places of a map's positions: position (i, j) lies on pixel (start + i * stride, start + j * stride)."""
+    """The pixels of a map's positions: position (i, j) lies at pixel (start + i * stride, start + j * stride)."""
 
     stride: Pair = (1.0, 1.0)  # in pixels of the network's input
     start: Pair = (0.0, 0.0)
-    layer: int | None = None  # the last deformable layer that it comes through
+    layer: int | None = None  # the index of the last deformable layer that the map has passed through
 
     def places(self, positions: Tensor) -> Tensor:
-        """Return the pixels [..., 2] of positions [..., 2] of the map, both (y, x); fractions and outside allowed."""
+        """Return the pixels [..., 2] of positions [..., 2], both (y, x), which may be fractional or outside the map."""
         return positions * positions.new_tensor(self.stride) + positions.new_tensor(self.start)
 
     def positions(self, places: Tensor) -> Tensor:
-        """Return the positions [..., 2] of the map that lie on pixels [..., 2]; the inverse of `places`."""
+        """Return the positions [..., 2] of the map at pixels [..., 2]; the inverse of `places`."""
         return (places - places.new_tensor(self.start)) / places.new_tensor(self.stride)
 
     def then(self, scale: Sequence[float], shift: Sequence[float]) -> 'Grid':
-        """Return the grid of a map whose position o lies on position o * scale + shift of this one."""
+        """Return the grid of a map whose position o lies at position o * scale + shift of this one."""
         y, x = ((s * a, b + s * c) for s, b, a, c in zip(self.stride, self.start, scale, shift, strict=True))
         return Grid((y[0], x[0]), (y[1], x[1]), self.layer)
 
@@ -77,7 +77,7 @@ def _average_pool(
 
 
 def _resize(grid: Grid, output: Tensor, input: Tensor, *_: Any) -> Grid:
-    """Line up the outer edges of both maps."""
+    """Align the outer edges of both maps."""
     scale = [a / b for a, b in zip(input.shape[-2:], output.shape[-2:], strict=True)]
     return grid.then(scale, [(s - 1) / 2 for s in scale])
 
@@ -122,10 +122,11 @@ _Key = tuple[StorageWeakRef, int, torch.Size]
 
 
 class GridTracker(TorchDispatchMode):
-    """While it is entered, note the grid of every tensor that is computed from an image.
+    """Record, as a context manager, the grid of every tensor that is computed from an image.
 
-    An operator without a rule above gives its output the grid of its first argument of the same height and width, as
-    additions and normalizations do. What has no grid, such as the features of a region, is not noted.
+    The output of an operator without a rule above gets the grid of the first argument that has a grid and the same
+    height and width; this is right for additions and normalizations. A tensor without a grid, such as the features of
+    a region, is not recorded.
     """
 
     def __init__(self) -> None:
@@ -147,7 +148,7 @@ class GridTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operator, and note the grids of its outputs."""
+        """Run an operator, and record the grids of its outputs."""
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         grids = [(value.shape[-2:], grid) for value in inputs if (grid := self.grid_of(value))]
         result = func(*args, **(kwargs or {}))
@@ -164,5 +165,5 @@ class GridTracker(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> _Key:
-    # Autograd may replace a view by another tensor on the same memory, so tensors are no keys.
+    # Autograd may replace a view by another tensor on the same memory, so a tensor itself is not a reliable key.
     return StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset()), tensor.shape[-2:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A detector that has run on an image while a SamplingRecorder watched."""
+"""Run a detector on an image, and record its detections and sampling locations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ def load_detector(config: str, checkpoint: str, device: str = 'cpu') -> nn.Modul
     """Build the detector of a config with the weights of a checkpoint.
 
     Args:
-        config: A config's file.
-        checkpoint: A checkpoint's file, or a name of the model zoo.
-        device: Where to run it.
+        config: The config file.
+        checkpoint: The checkpoint file, or a name of the model zoo.
+        device: The device to run the detector on.
 
     Raises:
         LaunchError: If there is no such file or name.
@@ -45,13 +45,13 @@ def load_detector(config: str, checkpoint: str, device: str = 'cpu') -> nn.Modul
 
 @dataclass
 class Inspection:
-    """What a detector found on an image, and where its deformable layers looked."""
+    """The detections on an image, and the sampling of the deformable layers that produced them."""
 
     model: Any
     picture: Picture
     recorder: SamplingRecorder
-    detections: list[Detection]  # by falling score
-    inputs: Tensor  # [1, 3, H, W], what the network took
+    detections: list[Detection]  # in descending order of score
+    inputs: Tensor  # [1, 3, H, W], the network's input
 
     @property
     def names(self) -> list[str]:
@@ -59,15 +59,15 @@ class Inspection:
         return [layer.name for layer in self.recorder.layers]
 
     def field(self, layer: SampledLayer, y: float, x: float) -> Tensor:  # [H, W]
-        """Return the effective receptive field of the position of a backbone's layer that is nearest to a place.
+        """Return the effective receptive field of a backbone layer, at its position nearest to a location.
 
         Args:
             layer: The layer.
-            y: Place in pixels of the image.
-            x: Likewise.
+            y: The y coordinate of the location, in pixels of the image.
+            x: The x coordinate.
 
         Raises:
-            ValueError: If the layer is not the backbone's.
+            ValueError: If the layer is not part of the backbone.
         """
         place = layer.grid.positions(torch.tensor(self.picture.to_input(y, x))).round().long()
         size = torch.tensor(layer.places.shape[-2:])
@@ -77,12 +77,12 @@ class Inspection:
 
 
 def inspect(model: Any, path: str | Path, score: float = 0.3) -> Inspection:
-    """Run a detector on an image, and record where its deformable layers look.
+    """Run a detector on an image, and record where its deformable layers sample.
 
     Args:
-        model: As of `load_detector`.
-        path: The image.
-        score: Least score of a detection to keep.
+        model: The detector, as `load_detector` returns it.
+        path: The image file.
+        score: The minimum score of a detection.
 
     Raises:
         LaunchError: If the image cannot be read, or the detector has no deformable layer.
@@ -113,7 +113,7 @@ def _read(path: str | Path) -> np.ndarray[Any, Any]:  # [H, W, 3], BGR
 
 
 def detections_of(sample: DetDataSample, classes: Sequence[str], score: float) -> list[Detection]:
-    """Return the boxes of a sample of at least this score, by falling score."""
+    """Return the boxes of a sample whose score is at least `score`, in descending order of score."""
     found = sample.pred_instances.cpu()
     found = found[found.scores >= score]
     found = found[found.scores.argsort(descending=True)]

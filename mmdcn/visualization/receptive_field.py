@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pixels a feature depends on."""
+"""The effective receptive field: the pixels that a feature depends on."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ def effective_receptive_field(
 ) -> Tensor:  # [H, W]
     """Return the gradient of one position of a layer's output with respect to the image (Luo et al., NeurIPS 2016).
 
-    It follows every path, through offsets and masks too. The channels of the output are added up, those of the image
-    by magnitude, and the mean is taken over the batch.
+    The gradient follows every path, including those through offsets and masks. It is that of the sum over the output's
+    channels. Its magnitudes are summed over the channels of the image and averaged over the batch.
 
     Args:
-        model: A network that takes the images alone, such as a detector's backbone. Put it into evaluation mode first.
-        images: What the network takes.
-        layer: The name of the module whose output [B, C_out, H_out, W_out] is meant.
-        index: The position (i, j) in its output.
+        model: A network whose only argument is the images, such as a detector's backbone, in evaluation mode.
+        images: The input of the network.
+        layer: The name of the module whose output [B, C_out, H_out, W_out] is differentiated.
+        index: The position (i, j) in this output.
 
     Raises:
         ValueError: If the model has no such module, or the module is not used or has no such position.
@@ -37,7 +37,7 @@ def effective_receptive_field(
         with torch.enable_grad():
             model(images)
             if not outputs:
-                raise ValueError(f'layer {layer!r} must be used by the model, got one that is not')
+                raise ValueError(f'layer {layer!r} must be used by the model, but it is not')
             size = tuple(outputs[-1].shape[-2:])
             if not all(0 <= i < length for i, length in zip(index, size, strict=True)):
                 raise ValueError(f'index must lie in the output of {size[0]} x {size[1]} positions, got {index}')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the deformable layers of a model are called with."""
+"""Hooks that observe the inputs, offsets and masks of a model's deformable layers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,22 +14,23 @@ from mmdcn.reference.deform_conv2d import regular_places
 
 @dataclass
 class Sampling:
-    """One call of a deformable layer: where it samples the B maps that it takes."""
+    """One call of a deformable layer: its B input maps, and where it samples them."""
 
     name: str  # of the layer in the model
     input: Tensor  # [B, C, H, W]
-    regular: Tensor  # [K, 2, H_out, W_out], (y, x) in pixels of the input: where a convolution samples
+    regular: Tensor  # [K, 2, H_out, W_out], (y, x) in pixels of the input, without offsets
     offset: Tensor  # [B, G, K, 2, H_out, W_out], (y, x) in pixels of the input
     mask: Tensor | None  # [B, G, K, H_out, W_out]
 
 
 @contextmanager
 def watched(model: nn.Module, saw: Callable[[nn.Module, Sampling], None]) -> Iterator[None]:
-    """Tell of every call of a deformable layer of a model, before the layer samples.
+    """Report every call of a model's deformable layers to a function, before the layer samples.
 
     Args:
-        model: A model with layers of mmdcn or of mmcv, packed ones or those that take offsets from outside.
-        saw: Takes the layer and its sampling, which is detached and in float32.
+        model: A model with layers of mmdcn or of mmcv. They may be packed, or take their offsets as an argument.
+        saw: The function. It is called with the layer and its sampling, whose offsets and masks are detached and in
+            float32.
     """
     handles = []
     for name, layer in model.named_modules():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a detector's deformable layers look, in pixels of its input."""
+"""Where a network's deformable layers sample, in pixels of its input."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,31 +16,31 @@ from mmdcn.visualization.sampling import Sampling, watched
 
 @dataclass
 class SampledLayer:
-    """The sampling of one call of a layer for one image; places are (y, x) in pixels of the network's input."""
+    """The sampling of one call of a layer for one image; locations are (y, x) in pixels of the network's input."""
 
-    name: str  # a layer that is called again, as by the levels of a pyramid, has `#2` and so on after its name
-    grid: Grid  # of the output's positions; its `layer` is the deformable layer before this one
+    name: str  # later calls of a layer, such as for the levels of a pyramid, have `#2`, `#3`, ... after the name
+    grid: Grid  # the grid of the output; its `layer` is the index of the deformable layer before this one
     offset: Tensor  # [G, K, 2, H_out, W_out], (y, x) in pixels of the layer's input
-    regular: Tensor  # [K, 2, H_out, W_out], the places of a convolution's taps
-    places: Tensor  # [G, K, 2, H_out, W_out]
-    masks: Tensor  # [G, K, H_out, W_out], or ones
+    regular: Tensor  # [K, 2, H_out, W_out], the locations of the taps without offsets
+    places: Tensor  # [G, K, 2, H_out, W_out], the sampling locations
+    masks: Tensor  # [G, K, H_out, W_out]; ones for a layer without masks
     modulated: bool
-    input_stride: tuple[float, float]  # (y, x): pixels of the network's input in one of the layer's input
+    input_stride: tuple[float, float]  # (y, x): pixels of the network's input per pixel of the layer's input
 
 
 class SamplingRecorder:
-    """Record, while a model runs, where each deformable layer samples.
+    """Record where each deformable layer samples while a model runs.
 
-    Works for mmdcn's layers and for mmcv's, packed or not. A layer whose maps do not show the image, as those of
-    regions, is left out. The place of a position follows from the operators before it (see
-    `mmdcn.visualization.grids`); of a map that comes from elsewhere, from its size.
+    This works for the layers of mmdcn and mmcv, packed or not. A layer whose maps do not cover the whole image, such as
+    a layer on the features of regions, is left out. The location of a position follows from the operators before it
+    (see `mmdcn.visualization.grids`), or from the size of the map if these are unknown.
 
     Args:
-        model: A network. It may take its images by position or by keyword, beside other things. The first image of a
-            batch is recorded.
+        model: A network. It may take its images by position or by keyword, among other arguments. Only the first image
+            of a batch is recorded.
 
     Raises:
-        ValueError: When the model is called without a tensor of images.
+        ValueError: If the model is called without a tensor of images.
 
     Example:
         with SamplingRecorder(model) as recorder:
@@ -55,14 +55,14 @@ class SamplingRecorder:
         self._model = model
         self._tracker = GridTracker()
         self._tracking = ExitStack()
-        self._calls: dict[nn.Module, int] = {}  # the index of a layer's last call
+        self._calls: dict[nn.Module, int] = {}  # index in `layers` of each layer's last call
         self._resources = ExitStack()
 
     def __enter__(self) -> 'SamplingRecorder':
         with ExitStack() as stack:
             stack.enter_context(watched(self._model, self._record))
             stack.callback(self._model.register_forward_pre_hook(self._start, with_kwargs=True).remove)
-            # It is called after an error, too, so that none leaves the tracker behind.
+            # always_call: the tracker must also be removed after an error.
             stack.callback(self._model.register_forward_hook(self._stop, always_call=True).remove)
             for layer in self._model.modules():
                 if hasattr(layer, 'deform_groups'):
@@ -76,21 +76,21 @@ class SamplingRecorder:
     def points(
         self, name: str, y: float, x: float, depth: int = 2, group: int = 0, regular: bool = False
     ) -> tuple[Tensor, Tensor]:  # [N, 2], [N]
-        """Follow the taps of a layer, and theirs through the layers before it, back to the image.
+        """Follow the taps of a layer back through the layers before it to the image.
 
-        This is the figure of Dai et al., ICCV 2017, section 4.1: a tap of a layer is followed from the position that
-        is nearest to it in the layer before. The weights are the products of the masks on the way.
+        These are the points that Dai et al., ICCV 2017, section 4.1, draw: each tap of a layer continues at the nearest
+        position of the layer before. The weight of a point is the product of the masks on its path.
 
         Args:
             name: The layer to start from.
-            y: Place in pixels of the network's input.
-            x: Likewise.
-            depth: The number of layers to follow, at least 1; fewer are followed where the image is reached.
-            group: The offset group; of layers with fewer groups, the last.
-            regular: Follow the taps of plain convolutions instead, of weight 1.
+            y: The y coordinate of a location, in pixels of the network's input.
+            x: The x coordinate.
+            depth: The number of layers to follow, at least 1; fewer if the image is reached before.
+            group: The offset group. A layer with fewer groups uses its last one.
+            regular: Follow the taps of plain convolutions instead, with weight 1.
 
         Returns:
-            K ** depth places (y, x) in pixels of the network's input, and their weights.
+            K ** depth locations (y, x) in pixels of the network's input, and their weights.
 
         Raises:
             ValueError: If no layer has this name.
@@ -107,7 +107,7 @@ class SamplingRecorder:
         return places, weights
 
     def stack(self, name: str) -> list[SampledLayer]:
-        """Return a layer and those before it, on the way back to the image.
+        """Return a layer and the deformable layers before it, in order back to the image.
 
         Raises:
             ValueError: If no layer has this name.
@@ -121,7 +121,7 @@ class SamplingRecorder:
         """Return a layer by its name.
 
         Raises:
-            ValueError: If there is none of this name.
+            ValueError: If no layer has this name.
         """
         for layer in self.layers:
             if layer.name == name:
@@ -129,9 +129,12 @@ class SamplingRecorder:
         raise ValueError(f'name must be one of {[layer.name for layer in self.layers]}, got {name!r}')
 
     def layer_for(self, size: float, depth: int = 1) -> SampledLayer:
-        """Return the last layer of the stride that puts about eight positions across an object of this many pixels.
+        """Return the layer that suits an object: the last one whose stride puts about eight positions across it.
 
-        Only layers with so many layers on the way back to the image are considered, if there are any.
+        Args:
+            size: The size of the object in pixels of the network's input.
+            depth: The number of deformable layers that should lie on the way back to the image, the layer included. If
+                no layer has so many, all are considered.
         """
         deep = [layer for layer in self.layers if len(self.stack(layer.name)) >= depth]
         return min(reversed(deep or self.layers), key=lambda layer: abs(log2(8 * layer.grid.stride[0] / max(size, 1))))
@@ -181,7 +184,7 @@ class SamplingRecorder:
             self._tracker.note(output, Grid(grid.stride, grid.start, index))
 
     def _grid_by_size(self, map: Tensor) -> Grid | None:
-        """Line up the edges of the image and of a map of unknown origin, unless it shows something else."""
+        """Align a map of unknown origin with the edges of the image; None if its batch is not that of the images."""
         if len(map) != self._images:
             return None
         stride = tuple(a / b for a, b in zip(self.image_size, map.shape[-2:], strict=True))
@@ -189,7 +192,7 @@ class SamplingRecorder:
 
 
 def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # [B, C, H, W] or [C, H, W]
-    """Return the images among what a module is called with: mmengine's models take them by keyword, or in lists."""
+    """Return the first argument that can be images; mmengine's models take them by keyword or in lists."""
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and value.dim() in (3, 4):
             return value

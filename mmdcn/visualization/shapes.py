@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every tensor of a deformable layer, forward and backward."""
+"""The tensors in the forward and backward pass of a deformable layer."""
 
 from typing import Any, NamedTuple
 
@@ -12,25 +12,25 @@ from mmdcn.visualization.sampling import Sampling, watched
 
 
 class Step(NamedTuple):
-    """One tensor on the way through a layer."""
+    """One tensor of the computation."""
 
     name: str
-    axes: str  # what its axes are, such as 'B, C_in, H, W'
+    axes: str  # the names of its axes, such as 'B, C_in, H, W'
     value: Tensor
 
 
 def steps_of(layer: Any, input: Tensor) -> list[Step]:
-    """Compute a layer's forward and backward step by step, by the formulas of the reference.
+    """Compute the forward and backward pass of a layer step by step, with the formulas of the reference.
 
-    B images; C_in channels in G offset groups; K = kh * kw taps; P = H_out * W_out positions. The output's gradient is
-    all ones. The results equal those of the operator, which never stores most of these tensors.
+    B images; C_in channels in G offset groups; K = kh * kw taps; P = H_out * W_out positions. The gradient of the
+    output is all ones. The results equal those of the operator, which never stores most of these tensors.
 
     Args:
         layer: A packed deformable convolution, with groups = 1.
         input: [B, C_in, H, W]
 
     Raises:
-        ValueError: If the layer is another one.
+        ValueError: If the layer is of another kind.
     """
     if not hasattr(layer, 'conv_offset') or layer.groups != 1:
         raise ValueError(f'layer must be a packed deformable convolution with groups = 1, got {layer}')
@@ -82,7 +82,7 @@ def _steps(layer: Any, input: Tensor, offset: Tensor, mask: Tensor | None, outpu
 
 
 def _grad_input(layer: Any, input: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-    """Spread the gradient of the samples to their corners: the transposed sampling, by the operator."""
+    """Compute the gradient of the input with the operator: it scatters each sample's gradient to its four corners."""
     image = input.detach().requires_grad_()
     settings = (layer.stride, layer.padding, layer.dilation)
     with torch.enable_grad():

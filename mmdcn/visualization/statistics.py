@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offsets of a layer in a few numbers."""
+"""Statistics of the offsets of a layer."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,19 @@ from mmdcn.visualization.sampling import Sampling
 
 @dataclass(frozen=True)
 class OffsetStatistics:
-    """Of all taps, positions, offset groups and images of one call of a layer.
+    """Statistics over all taps, positions, offset groups and images of one call of a layer.
 
-    The length of an offset is that of its vector (y, x), in pixels of the map that the layer samples.
+    The length of an offset is the norm of its vector (y, x), in pixels of the layer's input.
     """
 
-    mean: float  # length, in pixels
-    percentile_99: float  # length, in pixels
-    relative: float  # mean length over the shorter side of the map
-    outside: float  # of the samples that begin inside the map, the share that offsets move out, where all is zero
+    mean: float  # mean length, in pixels
+    percentile_99: float  # 99th percentile of the length, in pixels
+    relative: float  # mean length divided by the shorter side of the input
+    outside: float  # share of the taps inside the input whose offset moves them outside, where the sample is zero
 
 
 def offset_statistics(sampling: Sampling) -> OffsetStatistics:
-    """Measure the offsets of one call of a layer; of offsets that are not finite, the lengths are not either."""
+    """Compute the statistics of one call of a layer; offsets that are not finite give lengths that are not finite."""
     height, width = sampling.input.shape[-2:]
     lengths = sampling.offset.square().sum(3).sqrt().flatten()
     if lengths.numel() == 0:
@@ -39,6 +39,6 @@ def offset_statistics(sampling: Sampling) -> OffsetStatistics:
 
 
 def _inside(places: Tensor, height: int, width: int) -> Tensor:  # [..., 2, H_out, W_out] -> [..., H_out, W_out]
-    """Tell which places have a corner inside the map; all others sample zero."""
+    """Return which locations have a corner inside the map; all others sample zero."""
     y, x = places.unbind(-3)
     return (y > -1) & (y < height) & (x > -1) & (x < width)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check that a detector has the same parameters and outputs on mmdcn as on mmcv's operators.
 
-Both models get the same random weights, which move every tap of every deformable layer by about a pixel. They compute
-in double precision: a deep random network magnifies rounding errors a thousand times or more, so in single precision
-the errors would hide whether two implementations agree. The exit status tells whether all configs passed.
+Both models get the same random weights, with which the offsets of every deformable layer are about one pixel. They
+compute in double precision: a deep random network magnifies rounding errors a thousand times or more, so rounding in
+single precision would hide whether two implementations agree. The exit status is 0 if all configs passed.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from mmdcn.engine.launch import LaunchError, run
 
 TOLERANCE = 1e-4  # relative to the largest value of an output
-LAYERS = (mmcv.ops.DeformConv2d, mmcv.ops.ModulatedDeformConv2d)  # mmdcn's derive from these
+LAYERS = (mmcv.ops.DeformConv2d, mmcv.ops.ModulatedDeformConv2d)  # mmdcn's layers derive from these
 CALLS = ('DeformConv2dFunction', 'ModulatedDeformConv2dFunction', 'mmdcn::')
 
 
 class Inputs(NamedTuple):
-    """A batch of random images with region proposals, because an NMS's thresholds would magnify differences."""
+    """A batch of random images with fixed region proposals; the thresholds of an NMS would magnify differences."""
 
     images: Tensor  # [B, 3, H, W]
     proposals: Tensor  # [B, N, 4], (x1, y1, x2, y2) in pixels
@@ -88,8 +88,8 @@ def on_mmcv(node: Any) -> Any:
 def randomise(model: nn.Module, inputs: Inputs) -> None:
     """Draw weights with which every layer affects the outputs: in a new detector, offsets and some branches are zero.
 
-    Batch normalization gets the statistics of the inputs, so that values are about one. The taps move by about a pixel
-    everywhere, and vary by a quarter of that between positions: more would make the network chaotic.
+    Batch normalization gets the statistics of the inputs, so that values are about one. Offsets are about one pixel
+    everywhere, and vary by a quarter of that between positions. Larger variations would make the network chaotic.
     """
     for name, parameter in model.named_parameters():
         predicts_offsets = 'conv_offset' in name

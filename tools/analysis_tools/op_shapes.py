@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print the shape of every tensor in the forward and the backward of a deformable layer."""
+"""Print the shape of every tensor in the forward and backward pass of a deformable layer."""
 
 import argparse
 import sys

@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-# Beside other programs, spinning threads occupy the cores of the threads that they wait for. torch reads the spin count
-# when it is imported, see docs/performance.md, "Beside other programs".
+# While other programs run, a spinning thread can occupy the core that the thread it waits for needs. torch reads the
+# spin count when it is imported. See docs/performance.md, "Beside other programs".
 if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
     os.environ['GOMP_SPINCOUNT'] = '3000'
 
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         metavar=('Y', 'X'),
         help='a location in pixels of the image; may be repeated [the centres of the three best detections]',
     )
-    parser.add_argument('--layer', help='the last of the stacked layers [one that fits the best detection in size]')
+    parser.add_argument('--layer', help="the last of the stacked layers [one that suits the best detection's size]")
     parser.add_argument('--depth', type=int, default=3, help='the maximum number of stacked layers [%(default)s]')
     parser.add_argument('--score', type=float, default=0.3, help='the minimum score of a detection [%(default)s]')
     parser.add_argument('--format', choices=['png', 'jpg'], default='png', help='the picture format [%(default)s]')
@@ -81,7 +81,7 @@ def draw_all_detections(inspections: list[Inspection], depth: int) -> Figure:
         ax.set_axis_off()
     for found, ax in zip(inspections, axes.flat, strict=False):
         draw_detections(ax, found.picture, found.recorder, found.detections, depth)
-    figure.suptitle('Detections, and where the deformable layers look (+ centre; darker is heavier)', fontsize=10)
+    figure.suptitle('Detections, and where the deformable layers sample (+ centre; darker is heavier)', fontsize=10)
     return figure
 
 
@@ -92,7 +92,7 @@ def draw_view(view: str, found: Inspection, args: argparse.Namespace) -> Figure:
     if view == 'points':
         return points_figure(found.picture, found.recorder, layer, locations, args.depth)
     if not layer.startswith('backbone.'):
-        raise LaunchError(f'a receptive field is that of a layer of the backbone, got --layer {layer}')
+        raise LaunchError(f'--layer must be a layer of the backbone for the view receptive_field, got {layer}')
     fields = [found.field(found.recorder.layer(layer), *location) for location in locations]
     return field_figure(found.picture, fields, locations, layer)
 

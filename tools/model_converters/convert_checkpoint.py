@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint of another implementation of deformable convolution to one for mmdcn's layers."""
+"""Convert a checkpoint of another implementation of deformable convolution to mmdcn's layers."""
 
 import argparse
 import re
@@ -51,7 +51,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
             f"torch.save(pickle.load(open('{path}', 'rb'), encoding='latin1'), '{path.with_suffix('.pth')}')"
         )
     try:
-        with torch.serialization.safe_globals(NUMPY):  # detectron2's tensors may be numpy's
+        with torch.serialization.safe_globals(NUMPY):  # detectron2's weights may be NumPy arrays
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise LaunchError(f'{path} cannot be read: {error.strerror}') from error
@@ -71,7 +71,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write the complete file or none."""
+    """Write the complete file, or no file at all."""
     with replacing(path) as beside:
         torch.save(checkpoint, beside)
 
@@ -106,7 +106,7 @@ def main() -> None:
         conversion = convert_state_dict(weights, source)
         if args.config:
             model = build_model(args.config)
-            # Weights of a backbone alone are for its init_cfg.
+            # Weights of only a backbone are for the backbone's init_cfg.
             if not any(key.startswith('backbone.') for key in conversion.state_dict):
                 model = model.backbone
             check_target(conversion.state_dict, model, source)
@@ -116,9 +116,9 @@ def main() -> None:
     print_keys('left out', weights.keys() - {key for keys in conversion.origins.values() for key in keys})
     if args.config:
         places = model.state_dict().keys()
-        print_keys('no place in the model', conversion.state_dict.keys() - places)
+        print_keys('not in the model', conversion.state_dict.keys() - places)
         missing = places - conversion.state_dict.keys()
-        print_keys('missing for the model', (key for key in missing if not key.endswith('.num_batches_tracked')))
+        print_keys('missing in the checkpoint', (key for key in missing if not key.endswith('.num_batches_tracked')))
     else:
         print('without --config, shapes, paddings and dilations were not compared with a model')
     save(dict(meta=meta, state_dict=conversion.state_dict), args.out)

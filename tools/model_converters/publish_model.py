@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a training checkpoint into a publishable one, which has only the weights and is named after its sha256."""
+"""Convert a training checkpoint for publication: only the weights, in a file named after its sha256."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ from mmdcn.utils.tables import print_table
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', type=Path, help='the config file; the model gets its name')
-    parser.add_argument('checkpoint', type=Path, help="the training's checkpoint file")
+    parser.add_argument('checkpoint', type=Path, help='the checkpoint file of the training')
     parser.add_argument('--half', action='store_true', help='store float16; a model that loads it computes in float32')
     parser.add_argument('--out-dir', type=Path, help='the folder to write into [that of the config]')
     return parser.parse_args()

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmdcn.engine.launch, which the tools share: the last checkpoint, settings of the command line, errors in one line."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from mmdcn.checkpoints.zoo import ZooError
+from mmdcn.datasets import ImageError
+from mmdcn.engine.launch import LaunchError, add_arguments, explained, mend_last_checkpoint
+from mmdcn.engine.launch import run as run_tool
+
+
+def test_a_kill_while_the_last_checkpoint_is_noted_loses_none(tmp_path: Path) -> None:
+    note = tmp_path / 'last_checkpoint'
+    mend_last_checkpoint(tmp_path)
+    assert not note.exists()
+    for second, name in enumerate(('epoch_9.pth', 'epoch_10.pth', 'best_epoch_9.pth')):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (second, second))
+    for before, after in (('', f'{tmp_path}/epoch_10.pth'), ('epoch_9.pth', 'epoch_9.pth')):
+        note.write_text(before)
+        mend_last_checkpoint(tmp_path)
+        assert note.read_text() == after
+
+
+def settings(*given: str) -> dict:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    return parser.parse_args(['--cfg-options', *given]).cfg_options
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('[dict(type="EMAHook")]', [dict(type='EMAHook')]),
+        ("[dict(type='EMAHook', momentum=1e-3), dict(type=mmdcn.EpochSeedHook)]",
+         [dict(type='EMAHook', momentum=1e-3), dict(type='mmdcn.EpochSeedHook')]),
+        ('dict(type=Pretrained, checkpoint=None)', dict(type='Pretrained', checkpoint=None)),
+        ('{"a": [1, -2.5], "b": (True, word)}', dict(a=[1, -2.5], b=(True, 'word'))),
+        ('2', 2), ('1,2,3', [1, 2, 3]), ('[(a,b),(c,1)]', [('a', 'b'), ('c', 1)]), ('none', 'none'), ('a=b', 'a=b'),
+    ],
+)  # fmt: skip
+def test_a_setting_of_the_command_line_may_be_a_dict_or_hold_some(text: str, value: object) -> None:
+    assert settings(f'key={text}', 'other=1') == dict(key=value, other=1)
+
+
+@pytest.mark.parametrize('text', ['f(1,2)', '[dict(type=f(1))]', '[1,2', 'dict(1)', '{"a": open("b")}', 'dict(**a)'])
+def test_a_setting_that_is_no_value_is_named(text: str) -> None:
+    with pytest.raises(argparse.ArgumentError, match=f'key must be a number, a word, .*got {re.escape(repr(text))}'):
+        settings(f'key={text}')
+
+
+def test_a_setting_without_a_value_is_named() -> None:
+    with pytest.raises(argparse.ArgumentError, match="must be KEY=VALUE, got 'key'"):
+        settings('key')
+
+
+def test_an_error_that_no_user_can_put_right_keeps_its_traceback() -> None:
+    def full() -> None:
+        raise OSError(28, 'No space left on device', 'epoch_1.pth')
+
+    with pytest.raises(OSError, match='No space left on device'):
+        run_tool(full)
+
+
+@pytest.mark.parametrize('error', [LaunchError, ZooError, ImageError])
+def test_an_error_that_a_user_can_put_right_is_one_line(error: type, capsys: pytest.CaptureFixture) -> None:
+    def mistaken() -> None:
+        raise error('what and how')
+
+    assert run_tool(mistaken) == 1
+    assert capsys.readouterr() == ('', 'error: what and how\n')
+
+
+def test_a_missing_file_of_the_config_is_told_with_its_place() -> None:
+    """Any other missing file keeps its traceback."""
+    cfg = Config(dict(model=dict(neck=[dict(init_cfg=dict(type='Pretrained', checkpoint='none.pth'))])))
+    place = r'^model.neck\[0\].init_cfg.checkpoint: none.pth does not exist'
+    with pytest.raises(LaunchError, match=place), explained(cfg):
+        CheckpointLoader.load_checkpoint('none.pth')
+    with pytest.raises(FileNotFoundError, match='other'), explained(cfg):
+        Path('other').read_text()
