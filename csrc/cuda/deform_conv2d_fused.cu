@@ -246,9 +246,8 @@ void run_mma(const FusedForward& call, int32_t device) {
 }
 
 FusedShape mma_shape(const FusedForward& call, int32_t device) {
-  return with_mma_form<__half>(call, device, [&](auto form) -> FusedShape {
-    return {form.kRows, form.kColumns, form.shared_bytes(call.taps)};
-  });
+  return with_mma_form<__half>(
+      call, device, [&](auto form) -> FusedShape { return {form.kRows, form.kColumns, form.shared_bytes(call.taps)}; });
 }
 
 // With fewer blocks too many multiprocessors are idle, and columns are faster.
