@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -64,10 +65,12 @@ def with_threads(count: int) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def mmdet_as_it_was() -> Iterator[None]:
-    """Undo what a config imports, which outlives it."""
+    """Undo the switch to mmdcn's layers, which would outlive the test: a config may have imported it."""
     yield
-    from mmdcn import unpatch_mmdet
+    registry = sys.modules.get('mmdet.registry')
+    if registry and 'DCN' in registry.MODELS.module_dict:
+        from mmdcn import unpatch_mmdet
 
-    unpatch_mmdet()
+        unpatch_mmdet()

@@ -56,7 +56,6 @@ def test_the_categories_are_those_of_coco(folder: Path) -> None:
     assert {key: coco.cats[key]['name'] for key in some} == some
 
 
-@pytest.mark.usefixtures('mmdet_as_it_was')
 @pytest.mark.parametrize('name', ZOO)
 def test_a_config_reads_the_photographs_small(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

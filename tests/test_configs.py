@@ -27,9 +27,6 @@ METAFILES = sorted({path.with_name('metafile.yml') for path in COCO})
 LAYERS = (mmcv.ops.DeformConv2d, mmcv.ops.ModulatedDeformConv2d, mmcv.ops.DeformRoIPool)
 
 
-pytestmark = pytest.mark.usefixtures('mmdet_as_it_was')
-
-
 def build(cfg: Config) -> torch.nn.Module:
     register_all_modules()
     with torch.device('meta'):

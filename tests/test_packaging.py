@@ -63,7 +63,6 @@ def options(data: Path) -> list[str]:
     ]
 
 
-@pytest.mark.usefixtures('mmdet_as_it_was')
 @pytest.mark.parametrize('model', MODELS, ids=lambda model: model.Name)
 def test_the_hub_finds_every_model_of_the_index(model: Config) -> None:
     cfg = get_config(f'mmdcn::{model.Config.removeprefix("configs/")}', pretrained='Weights' in model)

@@ -22,8 +22,6 @@ PACKS = ['DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack']
 LAYERS = ['DeformRoIPool', *PACKS]
 SETTINGS: dict[str, Any] = dict(output_size=(2, 3), output_channels=4, deform_fc_channels=5, spatial_scale=0.5)
 
-pytestmark = pytest.mark.usefixtures('mmdet_as_it_was')
-
 
 def draw_rois(count: int = 7) -> Tensor:
     generator = torch.Generator().manual_seed(0)
