@@ -16,6 +16,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md']
 PAGES += [*sorted((ROOT / 'docs').glob('*.md')), *sorted(ROOT.glob('configs/**/*.md'))]
+CHANGELOG = ROOT / 'CHANGELOG.md'
 each_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -46,6 +47,13 @@ def test_a_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
         if anchor:
             headings = re.findall(r'^#+ (.*)$', file.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings]
+
+
+@pytest.mark.parametrize('page', PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_to_markdown_leads_to_a_page_of_the_site(page: Path) -> None:
+    """Sphinx warns of any other, and `make docs` fails."""
+    targets = re.findall(r'\]\((?!https?:)([^)#\s]+\.md)', page.read_text())
+    assert [target for target in targets if (page.parent / target).resolve() not in (*PAGES[1:], CHANGELOG)] == []
 
 
 @each_page
