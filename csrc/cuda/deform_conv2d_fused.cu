@@ -89,41 +89,39 @@ struct Mma {
     }
   }
 
-  __device__ __forceinline__ static void run(const FusedForward& call, const FusedSteps& plan) {
-    unsigned char* const shared = dynamic_shared();
+  // A thread's view of its block: the parts of shared memory, and the positions and output channels to compute.
+  struct Block {
+    const FusedForward& call;
+    const FusedSteps& plan;
     const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const uint32_t operands = shared_address(shared), stages = operands + 2 * kOperandBytes;
+    const uint32_t operands = shared_address(dynamic_shared()), stages = operands + 2 * kOperandBytes;
     const uint32_t table = stages + kStages * kStageBytes;
     const int32_t first_row = blockIdx.x / plan.column_tiles * kRows;
     const int32_t first_column = blockIdx.x % plan.column_tiles * kColumns;
-
     const int64_t step_bytes = static_cast<int64_t>(call.out_channels) * kRowBytes;
     const char* const own_weights = static_cast<const char*>(call.weight) + first_column * kRowBytes + thread * 16;
-    const auto copy_weights = [&](int32_t step, int32_t stage) {
+    const int32_t row = thread / 8;  // the first one that the thread gathers
+    const int32_t warp_row = warp % (kRows / kWarpRows) * kWarpRows;
+    const int32_t warp_column = warp / (kRows / kWarpRows) * kWarpColumns;
+
+    __device__ __forceinline__ void copy_weights(int32_t step, int32_t stage) const {
 #pragma unroll
       for (int i = 0; i < kColumns * 8 / kThreads; ++i) {
         copy_async(stages + stage * kStageBytes + (thread + i * kThreads) * 16,
                    own_weights + step * step_bytes + i * kThreads * 16);
       }
-    };
-#pragma unroll
-    for (int32_t i = 0; i < kStages - 1; ++i) {
-      if (i < plan.steps) copy_weights(i, i);
-      commit_copies();
     }
 
-    const int32_t row = thread / 8, warp_row = warp % (kRows / kWarpRows) * kWarpRows;
-    const int32_t warp_column = warp / (kRows / kWarpRows) * kWarpColumns;
-    const uint32_t own_target = row * kRowBytes + (((thread & 7) ^ (row & 7)) << 4);
-    const uint32_t own_row = (warp_row + lane % 16) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
-    const uint32_t own_column =
-        (warp_column + (lane & 7) + (lane >> 4 << 3)) * kRowBytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
-    const uint32_t own_table = table + row * 16;
-    float sum[kRowTiles][kColumnTiles][4] = {};
-    int32_t stage = 0, copy_stage = kStages - 1, done = 0;
+    __device__ __forceinline__ void copy_first_weights() const {
+#pragma unroll
+      for (int32_t i = 0; i < kStages - 1; ++i) {
+        if (i < plan.steps) copy_weights(i, i);
+        commit_copies();
+      }
+    }
 
-    for (int32_t offset_group = 0; offset_group < call.offset_groups; ++offset_group) {
-      __syncthreads();  // the table and the operands have been read
+    // Writes the samples of an offset group to the table.
+    __device__ __forceinline__ void write_table(int32_t offset_group) const {
       for (int32_t i = thread; i < kRows * call.taps; i += kThreads) {
         const int32_t tap = i / kRows, of_tap = i - tap * kRows;
         const bool valid = first_row + of_tap < call.positions();
@@ -133,6 +131,70 @@ struct Mma {
         store_shared(entry, sample.vectors);
         store_shared(entry + kWeights, sample.weights);
       }
+    }
+
+    // Gathers the operand of a first step, and loads the first vectors of the second.
+    __device__ __forceinline__ void gather_first(Slot (&slots)[2], uint32_t target, const Place& first,
+                                                 const Place& second) const {
+#pragma unroll
+      for (int own = 0; own < kVectors; ++own) {
+        Slot& slot = slots[own % 2];
+        uint32_t vector[4];
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          vector[word] = slot.corners.template blend<scalar_t>(slot.weights, word);
+        }
+        store_shared(target + own * kVectorRows * kRowBytes, make_uint4(vector[0], vector[1], vector[2], vector[3]));
+        const bool same_step = own + 2 < kVectors;
+        const Place& from = same_step ? first : second;
+        slot.load(call.input, from.entry + (same_step ? own + 2 : own + 2 - kVectors) * kVectorRows * 16, from.channel);
+      }
+    }
+
+    // The result passes through shared memory, so that whole rows are written.
+    __device__ __forceinline__ void write_result(const float (&sum)[kRowTiles][kColumnTiles][4]) const {
+      unsigned char* const shared = dynamic_shared();
+      int32_t* const rows = reinterpret_cast<int32_t*>(shared + kRows * kPitch);
+      for (int32_t i = thread; i < kRows; i += kThreads) {
+        rows[i] = first_row + i < call.positions() ? output_position(call, first_row + i).row(call) : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumnTiles; ++j) {
+          const int32_t column = warp_column + j * 8 + lane % 4 * 2, channel = first_column + column;
+          const uint32_t target = operands + (warp_row + i * 16 + lane / 4) * kPitch + column * 2;
+          store_shared(target, with_bias<scalar_t>(call, channel, sum[i][j][0], sum[i][j][1]));
+          store_shared(target + 8 * kPitch, with_bias<scalar_t>(call, channel, sum[i][j][2], sum[i][j][3]));
+        }
+      }
+      __syncthreads();
+      for (int32_t i = thread; i < kRows * kColumns / 8; i += kThreads) {
+        const int32_t of_block = i / (kColumns / 8), vector = i % (kColumns / 8), target = rows[of_block];
+        if (target < 0) continue;
+        scalar_t* const output = static_cast<scalar_t*>(call.output);
+        *reinterpret_cast<uint4*>(output + static_cast<int64_t>(target) * call.out_channels + first_column +
+                                  vector * 8) =
+            *reinterpret_cast<const uint4*>(shared + of_block * kPitch + vector * 16);
+      }
+    }
+  };
+
+  __device__ __forceinline__ static void run(const FusedForward& call, const FusedSteps& plan) {
+    const Block block{call, plan};
+    const int32_t thread = block.thread, lane = block.lane, row = block.row;
+    block.copy_first_weights();
+    const uint32_t own_target = row * kRowBytes + (((thread & 7) ^ (row & 7)) << 4);
+    const uint32_t own_row = (block.warp_row + lane % 16) * kRowBytes + (((lane >> 4) ^ (lane & 7)) << 4);
+    const uint32_t own_column =
+        (block.warp_column + (lane & 7) + (lane >> 4 << 3)) * kRowBytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
+    const uint32_t own_table = block.table + row * 16, operands = block.operands;
+    float sum[kRowTiles][kColumnTiles][4] = {};
+    int32_t stage = 0, copy_stage = kStages - 1, done = 0;
+
+    for (int32_t offset_group = 0; offset_group < call.offset_groups; ++offset_group) {
+      __syncthreads();  // the table and the operands have been read
+      block.write_table(offset_group);
       __syncthreads();
 
       const int32_t group_end = done + plan.group_steps;
@@ -144,35 +206,21 @@ struct Mma {
         place.entry = own_table;
         place.channel += kChunk / 8;
       };
-      // The operand of the first step, and the first vectors of the second.
       Slot slots[2];
       slots[0].load(call.input, place.entry, place.channel);
       slots[1].load(call.input, place.entry + kVectorRows * 16, place.channel);
       const Place first = place;
       advance_to(done + 1);
       Place next = place;
-#pragma unroll
-      for (int own = 0; own < kVectors; ++own) {
-        Slot& slot = slots[own % 2];
-        uint32_t vector[4];
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          vector[word] = slot.corners.template blend<scalar_t>(slot.weights, word);
-        }
-        store_shared(operands + own_target + own * kVectorRows * kRowBytes,
-                     make_uint4(vector[0], vector[1], vector[2], vector[3]));
-        const bool same_step = own + 2 < kVectors;
-        const Place& from = same_step ? first : next;
-        slot.load(call.input, from.entry + (same_step ? own + 2 : own + 2 - kVectors) * kVectorRows * 16, from.channel);
-      }
+      block.gather_first(slots, operands + own_target, first, next);
       advance_to(done + 2);
       uint32_t operand = 0;
       wait_for_copies<kStages - 2>();
       __syncthreads();
       for (; done < group_end; ++done) {
-        if (done + kStages - 1 < plan.steps) copy_weights(done + kStages - 1, copy_stage);
+        if (done + kStages - 1 < plan.steps) block.copy_weights(done + kStages - 1, copy_stage);
         commit_copies();
-        const uint32_t weights = stages + stage * kStageBytes;
+        const uint32_t weights = block.stages + stage * kStageBytes;
         if (done + 1 < group_end) {
           step<true>(call.input, sum, slots, operands + operand, operands + (operand ^ kOperandBytes) + own_target,
                      weights, next, place, own_row, own_column);
@@ -188,30 +236,7 @@ struct Mma {
         __syncthreads();
       }
     }
-
-    // The result passes through shared memory, so that whole rows are written.
-    int32_t* const rows = reinterpret_cast<int32_t*>(shared + kRows * kPitch);
-    for (int32_t i = thread; i < kRows; i += kThreads) {
-      rows[i] = first_row + i < call.positions() ? output_position(call, first_row + i).row(call) : -1;
-    }
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
-        const int32_t column = warp_column + j * 8 + lane % 4 * 2;
-        const uint32_t target = operands + (warp_row + i * 16 + lane / 4) * kPitch + column * 2;
-        store_shared(target, with_bias<scalar_t>(call, first_column + column, sum[i][j][0], sum[i][j][1]));
-        store_shared(target + 8 * kPitch, with_bias<scalar_t>(call, first_column + column, sum[i][j][2], sum[i][j][3]));
-      }
-    }
-    __syncthreads();
-    for (int32_t i = thread; i < kRows * kColumns / 8; i += kThreads) {
-      const int32_t of_block = i / (kColumns / 8), vector = i % (kColumns / 8), target = rows[of_block];
-      if (target < 0) continue;
-      scalar_t* const output = static_cast<scalar_t*>(call.output);
-      *reinterpret_cast<uint4*>(output + static_cast<int64_t>(target) * call.out_channels + first_column + vector * 8) =
-          *reinterpret_cast<const uint4*>(shared + of_block * kPitch + vector * 16);
-    }
+    block.write_result(sum);
   }
 };
 

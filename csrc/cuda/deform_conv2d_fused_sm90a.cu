@@ -35,13 +35,21 @@ struct Wgmma {
   }
   __host__ __device__ static constexpr int shared_bytes(int taps) { return kTables + kWarps * table_bytes(taps); }
 
-  __device__ __forceinline__ static void run(const FusedForward& call, const FusedSteps& plan) {
-    const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, in_quad = lane % 4;
-    const uint32_t stages = shared_address(dynamic_shared()), barriers = stages + kBarriers;
-    const uint32_t rows = stages + kRowNumbers + warp * kWarpRows * 4;
-    const uint32_t table = stages + kTables + warp * plan.table_bytes;
-    const auto full = [&](int32_t stage) { return barriers + stage * 16; };
-    const auto empty = [&](int32_t stage) { return barriers + stage * 16 + 8; };
+  // A thread's warp, and its parts of shared memory.
+  struct Warp {
+    const FusedSteps& plan;
+    const int32_t lane = threadIdx.x % 32, index = threadIdx.x / 32, quad = lane / 4, in_quad = lane % 4;
+    const uint32_t rows = shared_address(dynamic_shared()) + kRowNumbers + index * kWarpRows * 4;
+    const uint32_t table = shared_address(dynamic_shared()) + kTables + index * plan.table_bytes;
+  };
+
+  // The barriers of a stage: its weights have arrived; all warps have used them.
+  __device__ __forceinline__ static uint32_t full(int32_t stage) {
+    return shared_address(dynamic_shared()) + kBarriers + stage * 16;
+  }
+  __device__ __forceinline__ static uint32_t empty(int32_t stage) { return full(stage) + 8; }
+
+  __device__ __forceinline__ static void init_barriers() {
     if (threadIdx.x == 0) {
       for (int32_t stage = 0; stage < kStages; ++stage) {
         init_barrier(full(stage), 1);
@@ -50,153 +58,203 @@ struct Wgmma {
       fence_barriers();
     }
     __syncthreads();
+  }
+
+  // The ring of weights, and the thread's progress through it.
+  struct Ring {
+    const FusedForward& call;
+    const FusedSteps& plan;
+    const int32_t total;  // steps of the block
+    const uint32_t stages = shared_address(dynamic_shared());
+    // The number of blocks is a multiple of the column tiles: all tiles of a block have the same weights.
+    const int32_t column_tile = blockIdx.x % plan.column_tiles;
+    int32_t copy_step = 0;        // the step whose weights thread 0 copies next
+    int32_t stage = 0, done = 0;  // steps done, and the stage of the next one
+    uint32_t parity = 0;          // of that stage's barriers; it changes with each round
+
+    __device__ __forceinline__ void copy_to(int32_t to_stage) {
+      arrive_expecting(full(to_stage), kStageBytes);
+      const int64_t source = static_cast<int64_t>(copy_step * plan.column_tiles + column_tile) * kStageBytes;
+      copy_bulk(stages + to_stage * kStageBytes, static_cast<const char*>(call.weight) + source, kStageBytes,
+                full(to_stage));
+      copy_step = copy_step + 1 == plan.steps ? 0 : copy_step + 1;
+    }
+
+    // Fills the stages, and waits for the first.
+    __device__ __forceinline__ void start() {
+      if (threadIdx.x == 0) {
+        for (int32_t i = 0; i < kStages && i < total; ++i) {
+          copy_to(i);
+        }
+      }
+      wait(full(0), 0);
+    }
+
+    // Waits for the weights of the next step.
+    __device__ __forceinline__ void advance() {
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+      if (++done < total) wait(full(stage), parity);
+    }
+
+    // Refills the stage of kLag steps ago.
+    __device__ __forceinline__ void refill() {
+      if (threadIdx.x == 0 && done >= kLag && done + kStages - kLag < total) {
+        const int32_t used_before = stage < kLag ? stage + kStages - kLag : stage - kLag;
+        wait(empty(used_before), parity ^ (stage < kLag));
+        copy_to(used_before);
+      }
+    }
+  };
+
+  // Writes a warp's samples of an offset group, and the rows of its positions, to shared memory.
+  __device__ __forceinline__ static void write_table(const FusedForward& call, const Warp& warp, int32_t first_position,
+                                                     int32_t offset_group) {
+    const int32_t lane = warp.lane, position = first_position + warp.index * kWarpRows + lane % kWarpRows;
+    const bool valid = position < call.positions();
+    const OutputPosition at = output_position(call, valid ? position : 0);
+    __syncwarp();  // the table, or the result in its place, has been read
+    if (lane < kWarpRows) store_shared(warp.rows + lane * 4, static_cast<uint32_t>(valid ? at.row(call) : -1));
+    for (int32_t tap = lane / kWarpRows; tap < call.taps; tap += 2) {
+      const FusedSample sample = fused_sample(call, at, valid, offset_group, tap);
+      const uint32_t entry = warp.table + tap * kTapBytes + lane % kWarpRows * 16;
+      store_shared(entry, sample.vectors);
+      store_shared(entry + kWeights, sample.weights);
+    }
+    __syncwarp();
+  }
+
+  // Writes a warp's part of the result. It passes through shared memory, so that whole rows are written.
+  __device__ __forceinline__ static void write_result(const FusedForward& call, const Warp& warp,
+                                                      const float (&sum)[kColumns / 2], int32_t first_column) {
+    constexpr int32_t kWidth = kColumns / kHalves;
+#pragma unroll
+    for (int32_t half = 0; half < kHalves; ++half) {
+      __syncwarp();
+#pragma unroll
+      for (int32_t j = 0; j < kWidth / 8; ++j) {
+        const int32_t column = j * 8 + warp.in_quad * 2, channel = first_column + half * kWidth + column;
+        const uint32_t target = warp.table + warp.quad * kPitch + column * 2;
+        const float* own = sum + (half * (kWidth / 8) + j) * 4;
+        store_shared(target, with_bias<scalar_t>(call, channel, own[0], own[1]));
+        store_shared(target + 8 * kPitch, with_bias<scalar_t>(call, channel, own[2], own[3]));
+      }
+      __syncwarp();
+      for (int32_t i = warp.lane; i < kWarpRows * kWidth / 8; i += 32) {
+        const int32_t row = i / (kWidth / 8), vector = i % (kWidth / 8);
+        const int32_t target = load_shared_int(warp.rows + row * 4);
+        const uint4 values = load_shared(warp.table + row * kPitch + vector * 16);
+        if (target < 0) continue;
+        const int64_t channel =
+            static_cast<int64_t>(target) * call.out_channels + first_column + half * kWidth + vector * 8;
+        *reinterpret_cast<uint4*>(static_cast<scalar_t*>(call.output) + channel) = values;
+      }
+    }
+  }
+
+  // Starts a step's product; its left operand is in registers.
+  __device__ __forceinline__ static void start_product(float (&sum)[kColumns / 2], uint32_t (&a)[16],
+                                                       uint64_t weights) {
+#pragma unroll
+    for (int32_t i = 0; i < 16; ++i) {
+      pin(a[i]);
+    }
+    fence_products();
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) {
+      multiply<scalar_t, kColumns>(sum, a + 4 * i, weights + 2 * i);
+    }
+    commit_products();
+  }
+
+  // Blends a vector of 8 channels into its words of the left operand.
+  __device__ __forceinline__ static void blend(uint32_t* fragment, const FusedCorners& corners, const float4& weights) {
+    fragment[0] = corners.template blend<scalar_t>(weights, 0);
+    fragment[2] = corners.template blend<scalar_t>(weights, 1);
+    fragment[4] = corners.template blend<scalar_t>(weights, 2);
+    fragment[6] = corners.template blend<scalar_t>(weights, 3);
+  }
+
+  // Adds the products of an offset group, whose samples are in the table. Loads run kAhead vectors ahead of blends. A
+  // step has four vectors of 8 channels: those at `in_quad` and `in_quad` + 4 of row `quad`, then of row `quad` + 8.
+  __device__ __forceinline__ static void add_group(const FusedForward& call, const FusedSteps& plan, Ring& ring,
+                                                   float (&sum)[kColumns / 2], const Warp& warp, int32_t offset_group) {
+    uint32_t operand[2][16];
+    FusedCorners corners[kAhead];
+    const uint32_t own_table = warp.table + warp.quad * 16;
+    const char* load_channel = static_cast<const char*>(call.input) + warp.in_quad * 16 +
+                               offset_group * (call.channels / call.offset_groups) * 2;
+    int32_t load_tap = 0, blend_tap = 0;  // in bytes of the table
+    const int32_t group_end = ring.done + plan.group_steps;
+    const auto advance_loads = [&]() {  // stays at the last step
+      if (ring.done + 1 >= group_end) return;
+      load_tap += kTapBytes;
+      if (load_tap != plan.table_end) return;
+      load_tap = 0;
+      load_channel += kRowBytes;
+    };
+    const auto load = [&](FusedCorners& target, int32_t vector) {
+      const uint4 vectors = load_shared(own_table + load_tap + vector / 2 * 128);
+      target.load(vectors, load_channel + vector % 2 * 64);
+    };
+    const auto gather = [&](uint32_t (&a)[16]) {
+#pragma unroll
+      for (int32_t vector = 0; vector < 4; ++vector) {
+        FusedCorners& own = corners[vector % kAhead];
+        const float4 weights = load_shared_float4(own_table + blend_tap + kWeights + vector / 2 * 128);
+        blend(a + vector % 2 * 8 + vector / 2, own, weights);
+        if (vector + kAhead == 4) advance_loads();
+        load(own, (vector + kAhead) % 4);
+      }
+      blend_tap += kTapBytes;
+      if (blend_tap == plan.table_end) blend_tap = 0;
+    };
+    const auto multiply_and_gather = [&](uint32_t (&a)[16], uint32_t (&next)[16]) {
+      start_product(sum, a, swizzled_rows(ring.stages + ring.stage * kStageBytes));
+      const uint32_t used = empty(ring.stage);
+      ring.advance();  // its wait also keeps the gather after the products
+      gather(next);
+#pragma unroll
+      for (int32_t i = 0; i < 16; ++i) {
+        pin(next[i]);
+      }
+      ring.refill();
+      wait_for_products();
+      if (warp.lane == 0) arrive(used);
+    };
+
+#pragma unroll
+    for (int32_t vector = 0; vector < kAhead; ++vector) {
+      load(corners[vector], vector);
+    }
+    gather(operand[0]);
+    while (ring.done + 1 < group_end) {
+      multiply_and_gather(operand[0], operand[1]);
+      multiply_and_gather(operand[1], operand[0]);
+    }
+    if (ring.done < group_end) multiply_and_gather(operand[0], operand[1]);
+  }
+
+  __device__ __forceinline__ static void run(const FusedForward& call, const FusedSteps& plan) {
+    const Warp warp{plan};
+    init_barriers();
 
     const int32_t own_tiles = (plan.tiles - static_cast<int32_t>(blockIdx.x) + static_cast<int32_t>(gridDim.x) - 1) /
                               static_cast<int32_t>(gridDim.x);
-    const int32_t total = own_tiles * plan.steps;
+    Ring ring{call, plan, own_tiles * plan.steps};
+    ring.start();
 
-    // The number of blocks is a multiple of the column tiles: all tiles of a block have the same weights.
-    const int32_t column_tile = blockIdx.x % plan.column_tiles;
-    int32_t copy_step = 0;  // the step whose weights thread 0 copies next
-    const auto copy_to = [&](int32_t stage) {
-      arrive_expecting(full(stage), kStageBytes);
-      const int64_t source = static_cast<int64_t>(copy_step * plan.column_tiles + column_tile) * kStageBytes;
-      copy_bulk(stages + stage * kStageBytes, static_cast<const char*>(call.weight) + source, kStageBytes, full(stage));
-      copy_step = copy_step + 1 == plan.steps ? 0 : copy_step + 1;
-    };
-    if (threadIdx.x == 0) {
-      for (int32_t stage = 0; stage < kStages && stage < total; ++stage) {
-        copy_to(stage);
-      }
-    }
-    wait(full(0), 0);
-
-    // Steps done, the stage of the next one, and the parity of its barriers, which changes with each round.
-    int32_t stage = 0, done = 0;
-    uint32_t parity = 0;
-    const auto tile_of = [&](int32_t step) { return static_cast<int32_t>(blockIdx.x + step / plan.steps * gridDim.x); };
     float sum[kColumns / 2] = {};
-    while (done < total) {  // an offset group of a tile; both follow from `done`, which saves registers
-      {
-        const int32_t tile = tile_of(done), offset_group = done % plan.steps / plan.group_steps;
-        const int32_t position = tile / plan.column_tiles * kRows + warp * kWarpRows + lane % kWarpRows;
-        const bool valid = position < call.positions();
-        const OutputPosition at = output_position(call, valid ? position : 0);
-        __syncwarp();  // the table, or the result in its place, has been read
-        if (lane < kWarpRows) store_shared(rows + lane * 4, static_cast<uint32_t>(valid ? at.row(call) : -1));
-        for (int32_t tap = lane / kWarpRows; tap < call.taps; tap += 2) {
-          const FusedSample sample = fused_sample(call, at, valid, offset_group, tap);
-          const uint32_t entry = table + tap * kTapBytes + lane % kWarpRows * 16;
-          store_shared(entry, sample.vectors);
-          store_shared(entry + kWeights, sample.weights);
-        }
-        __syncwarp();
+    while (ring.done < ring.total) {  // an offset group of a tile; both follow from `done`, which saves registers
+      const int32_t tile = static_cast<int32_t>(blockIdx.x + ring.done / plan.steps * gridDim.x);
+      const int32_t offset_group = ring.done % plan.steps / plan.group_steps;
+      write_table(call, warp, tile / plan.column_tiles * kRows, offset_group);
+      add_group(call, plan, ring, sum, warp, offset_group);
 
-        uint32_t operand[2][16];
-        FusedCorners corners[kAhead];
-        // Loads run kAhead vectors ahead of blends. A step has four vectors of 8 channels: those at `in_quad` and
-        // `in_quad` + 4 of row `quad`, then of row `quad` + 8.
-        const uint32_t own_table = table + quad * 16;
-        const char* load_channel = static_cast<const char*>(call.input) + in_quad * 16 +
-                                   offset_group * (call.channels / call.offset_groups) * 2;
-        int32_t load_tap = 0, blend_tap = 0;  // in bytes of the table
-        const int32_t group_end = done + plan.group_steps;
-        const auto advance_loads = [&]() {  // stays at the last step
-          if (done + 1 >= group_end) return;
-          load_tap += kTapBytes;
-          if (load_tap != plan.table_end) return;
-          load_tap = 0;
-          load_channel += kRowBytes;
-        };
-        const auto load = [&](FusedCorners& target, int32_t vector) {
-          const uint4 vectors = load_shared(own_table + load_tap + vector / 2 * 128);
-          target.load(vectors, load_channel + vector % 2 * 64);
-        };
-        const auto gather = [&](uint32_t (&a)[16]) {
-#pragma unroll
-          for (int32_t vector = 0; vector < 4; ++vector) {
-            FusedCorners& own = corners[vector % kAhead];
-            const float4 weights = load_shared_float4(own_table + blend_tap + kWeights + vector / 2 * 128);
-            uint32_t* const fragment = a + vector % 2 * 8 + vector / 2;
-            fragment[0] = own.template blend<scalar_t>(weights, 0);
-            fragment[2] = own.template blend<scalar_t>(weights, 1);
-            fragment[4] = own.template blend<scalar_t>(weights, 2);
-            fragment[6] = own.template blend<scalar_t>(weights, 3);
-            if (vector + kAhead == 4) advance_loads();
-            load(own, (vector + kAhead) % 4);
-          }
-          blend_tap += kTapBytes;
-          if (blend_tap == plan.table_end) blend_tap = 0;
-        };
-        const auto multiply_and_gather = [&](uint32_t (&a)[16], uint32_t (&next)[16]) {
-          const uint64_t weights = swizzled_rows(stages + stage * kStageBytes);
-#pragma unroll
-          for (int32_t i = 0; i < 16; ++i) {
-            pin(a[i]);
-          }
-          fence_products();
-#pragma unroll
-          for (int32_t i = 0; i < 4; ++i) {
-            multiply<scalar_t, kColumns>(sum, a + 4 * i, weights + 2 * i);
-          }
-          commit_products();
-          const uint32_t used = empty(stage);
-          if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-          }
-          if (++done < total) wait(full(stage), parity);  // also keeps the gather after the products
-          gather(next);
-#pragma unroll
-          for (int32_t i = 0; i < 16; ++i) {
-            pin(next[i]);
-          }
-          if (threadIdx.x == 0 && done >= kLag && done + kStages - kLag < total) {
-            const int32_t used_before = stage < kLag ? stage + kStages - kLag : stage - kLag;
-            wait(empty(used_before), parity ^ (stage < kLag));
-            copy_to(used_before);
-          }
-          wait_for_products();
-          if (lane == 0) arrive(used);
-        };
-
-#pragma unroll
-        for (int32_t vector = 0; vector < kAhead; ++vector) {
-          load(corners[vector], vector);
-        }
-        gather(operand[0]);
-        while (done + 1 < group_end) {
-          multiply_and_gather(operand[0], operand[1]);
-          multiply_and_gather(operand[1], operand[0]);
-        }
-        if (done < group_end) multiply_and_gather(operand[0], operand[1]);
-      }
-
-      if (done % plan.steps != 0) continue;
-      constexpr int32_t kWidth = kColumns / kHalves;
-      const int32_t first_column = column_tile * kColumns;
-#pragma unroll
-      for (int32_t half = 0; half < kHalves; ++half) {
-        __syncwarp();
-#pragma unroll
-        for (int32_t j = 0; j < kWidth / 8; ++j) {
-          const int32_t column = j * 8 + in_quad * 2, channel = first_column + half * kWidth + column;
-          const uint32_t target = table + quad * kPitch + column * 2;
-          const float* own = sum + (half * (kWidth / 8) + j) * 4;
-          store_shared(target, with_bias<scalar_t>(call, channel, own[0], own[1]));
-          store_shared(target + 8 * kPitch, with_bias<scalar_t>(call, channel, own[2], own[3]));
-        }
-        __syncwarp();
-        for (int32_t i = lane; i < kWarpRows * kWidth / 8; i += 32) {
-          const int32_t row = i / (kWidth / 8), vector = i % (kWidth / 8);
-          const int32_t target = load_shared_int(rows + row * 4);
-          const uint4 values = load_shared(table + row * kPitch + vector * 16);
-          if (target < 0) continue;
-          const int64_t channel =
-              static_cast<int64_t>(target) * call.out_channels + first_column + half * kWidth + vector * 8;
-          *reinterpret_cast<uint4*>(static_cast<scalar_t*>(call.output) + channel) = values;
-        }
-      }
+      if (ring.done % plan.steps != 0) continue;
+      write_result(call, warp, sum, ring.column_tile * kColumns);
 #pragma unroll
       for (int32_t i = 0; i < kColumns / 2; ++i) {
         sum[i] = 0;
