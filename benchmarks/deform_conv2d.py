@@ -179,6 +179,14 @@ def mmdcn_deform_conv2d(x: Inputs) -> Tensor:
     return mmdcn.ops.deform_conv2d(x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask)
 
 
+def prepacked_call(x: Inputs) -> Call:
+    """Pack the weight beforehand, as `mmdcn.prepack` does, and as ONNX Runtime and OpenVINO do with a constant."""
+    packed_weight = mmdcn.ops.pack_weight(x.weight, x.groups)
+    return lambda: mmdcn.ops.deform_conv2d(
+        x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask, packed_weight=packed_weight
+    )
+
+
 def mmdcn_operator(x: Inputs) -> Tensor:
     geometry = (x.stride, x.stride), (x.padding, x.padding), (1, 1)
     operator = torch.ops.mmdcn.deform_conv2d.default
@@ -301,6 +309,8 @@ def forward_candidates(case: Case, device: str) -> dict[str, Build]:
     builds: dict[str, Build] = {name: partial(partial, *candidate) for name, candidate in candidates.items()}
     if device == 'cpu' and case.dtype == torch.float32:
         _, x = candidates['conv2d']
+        builds['mmdcn prepacked'] = partial(prepacked_call, x)
+        builds['mmdcn prepacked channels_last'] = partial(prepacked_call, x.channels_last())
         builds['onnxruntime'] = partial(onnxruntime_session, x)
         builds['openvino'] = partial(openvino_request, x)
     return builds

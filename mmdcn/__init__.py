@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         ModulatedDeformConv2dPack,
         ModulatedDeformRoIPoolPack,
     )
+    from mmdcn.nn.deform_conv2d import prepack
     from mmdcn.openmmlab.convert_model import convert_model
     from mmdcn.openmmlab.switches import patch_mmdet, unpatch_mmdet
 
@@ -92,6 +93,7 @@ __all__ = [
     'onnx',
     'ops',
     'patch_mmdet',
+    'prepack',
     'reference',
     'registry',
     'unpatch_mmdet',
@@ -115,6 +117,7 @@ _HOMES = {
     'convert_model': 'mmdcn.openmmlab.convert_model',
     'fuse_conv_bn': 'mmdcn.models.fuse_conv_bn',
     'patch_mmdet': 'mmdcn.openmmlab.switches',
+    'prepack': 'mmdcn.nn.deform_conv2d',
     'unpatch_mmdet': 'mmdcn.openmmlab.switches',
     **dict.fromkeys(nn.__all__, 'mmdcn.modules'),
 }

@@ -43,6 +43,8 @@ HOOKS = {
     'torch._inductor.aoti_load_package': 'mmdcn.deployment.load: torch documents it only under this name',
     'torch.cpu._is_avx2_supported': 'the choice of the CPU library if torch has no torch.cpu.get_capabilities',
     'torch.cpu._is_avx512_supported': 'the choice of the CPU library if torch has no torch.cpu.get_capabilities',
+    'torch.nn.Module._apply': 'mmdcn.prepack: a layer that is moved or converted discards its packed weight there',
+    'torch.Tensor._version': 'mmdcn.prepack: nothing else tells that a weight has changed',
     'torch.nn.Module._load_from_state_dict': (
         "loading checkpoints without mmcv's messages: mmcv's layers override it, and mmdcn's override theirs"
     ),

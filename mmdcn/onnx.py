@@ -29,6 +29,7 @@ def _deform_conv2d(
     groups: int,
     offset_groups: int,
     allow_tf32: bool = False,
+    packed_weight: Any = None,
 ) -> Any:
     if offset.dtype != input.dtype:
         raise ValueError(

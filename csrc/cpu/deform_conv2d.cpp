@@ -57,7 +57,40 @@ ScalarType multiply_type(ScalarType storage, const ConvGeometry& g) {
   return storage == ScalarType::BFloat16 && g.groups == 1 && Linear::is_available() ? storage : compute_type(storage);
 }
 
-Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& bias) {
+ConvGeometry weight_geometry(const Tensor& weight, int64_t groups) {
+  check_rank(weight, "weight", 4);
+  check_floating(weight, "weight");
+  STD_TORCH_CHECK(groups > 0 && weight.numel() > 0 && weight.size(0) % groups == 0,
+                  "weight must not be empty, and groups must divide C_out, got ", to_string(weight.sizes()), " and ",
+                  groups);
+  ConvGeometry g{};
+  g.in_channels = weight.size(1) * groups, g.out_channels = weight.size(0), g.groups = groups;
+  g.kernel_height = weight.size(2), g.kernel_width = weight.size(3);
+  return g;
+}
+
+// The weight in the layout of the forward's products, which depends on the library's instruction set.
+Tensor deform_conv2d_pack_weight(const Tensor& weight,  // [C_out, C_in/groups, kh, kw]
+                                 int64_t groups) {      // [elements]
+  return with_readable_errors([&] {
+    const ConvGeometry g = weight_geometry(weight, groups);
+    Tensor packed;
+    dispatch_compute(compute_type(weight.scalar_type()),
+                     [&](auto zero) { packed = GroupWeights<decltype(zero)>(g, {0, g.in_channels}, weight).packed(); });
+    return packed;
+  });
+}
+
+template <typename T>
+void check_packed_weight(const Tensor& packed, const ConvGeometry& g, const Tensor& input) {
+  check_shape(packed, "packed_weight", {GroupWeights<T>::elements(g, {0, g.in_channels})});
+  check_same_type(packed, "packed_weight", compute_type(input.scalar_type()));
+  check_same_device(packed, "packed_weight", input);
+  STD_TORCH_CHECK(packed.is_contiguous(), "packed_weight must be contiguous");
+}
+
+Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& packed_weight) {
   const auto& [g, input, offset, mask, weight, allow_tf32] = call;  // there is no TF32 on a CPU
   const Tensor output = torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, input.scalar_type(),
                                              std::nullopt, input.device(), std::nullopt, memory_format(input));
@@ -68,9 +101,12 @@ Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& 
     const bool copies = !is_nhwc_rows(input, product_type) || offset.scalar_type() != type;
     const bool may_split = input.scalar_type() == type;  // else the sum would be rounded after each pass
     const ImageBatch step = image_batch(g, copies, may_split, sizeof(scalar_t));
+    if (packed_weight) check_packed_weight<T>(*packed_weight, g, input);
+    const bool takes_packed = step.channels == g.in_channels;
     for (int64_t begin = 0; begin < g.in_channels; begin += step.channels) {
       const ChannelRange channels{begin, std::min(begin + step.channels, g.in_channels)};
-      const ConvForward<scalar_t> forward(g, channels, weight, bias, product_type);
+      const ConvForward<scalar_t> forward(g, channels, weight, bias, takes_packed ? packed_weight : std::nullopt,
+                                          product_type);
       const Tensor part = slice(input, 1, begin, channels.size());
       for (int64_t first = 0; first < g.batch; first += step.images) {
         const int64_t count = std::min(step.images, g.batch - first);
@@ -129,6 +165,9 @@ DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const
 
 }  // namespace
 
-MMDCN_CPU_KERNELS(library) { DeformConv2dKernels<&deform_conv2d, &deform_conv2d_backward>::add_to(library); }
+MMDCN_CPU_KERNELS(library) {
+  DeformConv2dKernels<&deform_conv2d, &deform_conv2d_backward>::add_to(library);
+  library.impl("deform_conv2d_pack_weight", TORCH_BOX(&deform_conv2d_pack_weight));
+}
 
 }  // namespace mmdcn

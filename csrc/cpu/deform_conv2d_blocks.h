@@ -22,6 +22,7 @@ template <typename T>
 struct BlockWeight {
   GroupChannels channels;
   int64_t columns, lanes;  // K * channels, in whole vectors
+  std::unique_ptr<T[]> packed;
   PackedMatrix<T> weight;
   std::unique_ptr<T[]> gradient;  // [C_out/groups, columns]
 
@@ -29,7 +30,9 @@ struct BlockWeight {
       : channels(range),
         columns(round_up(g.taps() * range.size(), vector_lanes)),
         lanes(vector_lanes),
-        weight(g.group_out_channels(), columns, lanes),
+        packed(std::make_unique_for_overwrite<T[]>(
+            PackedMatrix<T>::elements(g.group_out_channels(), columns, vector_lanes))),
+        weight(g.group_out_channels(), columns, vector_lanes, packed.get()),
         gradient(std::make_unique<T[]>(g.group_out_channels() * columns)) {}
 };
 

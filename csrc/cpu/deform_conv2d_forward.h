@@ -34,12 +34,12 @@ class ConvForward {
 
  public:
   ConvForward(const ConvGeometry& g, const ChannelRange& channels, const Tensor& weight,
-              const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& packed_weight,
               ScalarType type)  // of scalar_t
       : g_(g), channels_(channels), type_(type), outside_(channels.size(), scalar_t(0)) {
     set_tile();
     if constexpr (kOwnProduct) {
-      weights_.emplace(g, channels, weight);
+      weights_.emplace(g, channels, weight, packed_weight);
       bias_.resize(g.out_channels, 0);
       if (bias) std::copy_n(data<const T>(contiguous_as(*bias, type)), g.out_channels, bias_.begin());
     } else {

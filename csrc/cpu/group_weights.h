@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../core/conv_geometry.h"
@@ -17,12 +18,27 @@ namespace mmdcn {
 template <typename T>
 class GroupWeights {
  public:
-  GroupWeights(const ConvGeometry& g, const ChannelRange& channels, const Tensor& weight) : g_(g), channels_(channels) {
+  // Packs the weight, or takes the packed() weight of another object with the same weight and channels.
+  GroupWeights(const ConvGeometry& g, const ChannelRange& channels, const Tensor& weight,
+               const std::optional<Tensor>& packed = std::nullopt)
+      : g_(g),
+        channels_(channels),
+        packed_(packed ? *packed : torch::stable::empty({elements(g, channels)}, compute_type(weight.scalar_type()))) {
     const int64_t outputs = g.group_out_channels();
+    T* part = data<T>(packed_);
     for (const GroupChannels& range : split_by_groups(channels, g.group_in_channels())) {
-      parts_.push_back({range, {g.taps() * range.size(), outputs, lanes_for<T>(outputs)}});
+      parts_.push_back({range, {g.taps() * range.size(), outputs, lanes_for<T>(outputs), part}});
+      part += elements(g, range);
     }
+    if (packed) return;
     dispatch_storage(weight.scalar_type(), "weight", [&](auto zero) { pack<decltype(zero)>(weight); });
+  }
+
+  const Tensor& packed() const { return packed_; }  // [elements]
+
+  static int64_t elements(const ConvGeometry& g, const ChannelRange& channels) {
+    const int64_t outputs = g.group_out_channels();
+    return PackedMatrix<T>::elements(g.taps() * channels.size(), outputs, lanes_for<T>(outputs));
   }
 
   // result [count, C_out] += columns [count, taps, channels] of some taps x the weights
@@ -95,6 +111,7 @@ class GroupWeights {
 
   const ConvGeometry& g_;
   const ChannelRange channels_;
+  const Tensor packed_;
   std::vector<Part> parts_;
 };
 

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 
 namespace mmdcn {
 
@@ -55,11 +54,10 @@ struct MatrixProduct {
 template <typename T>
 class PackedMatrix {
  public:
-  PackedMatrix(int64_t depth, int64_t columns, int64_t lanes)
-      : depth_(depth),
-        columns_(columns),
-        lanes_(lanes),
-        data_(std::make_unique_for_overwrite<T[]>(depth * round_up(columns, lanes))) {}
+  PackedMatrix(int64_t depth, int64_t columns, int64_t lanes, T* elements)
+      : depth_(depth), columns_(columns), lanes_(lanes), data_(elements) {}
+
+  static int64_t elements(int64_t depth, int64_t columns, int64_t lanes) { return depth * round_up(columns, lanes); }
 
   int64_t panel_columns() const { return lanes_ * max_vectors<T>(lanes_); }
 
@@ -81,12 +79,12 @@ class PackedMatrix {
   // The right matrix of a product whose sum begins at a row.
   void set_right(MatrixProduct<T>& product, int64_t first_row) const {
     product.columns = columns_, product.lanes = lanes_;
-    product.right = data_.get(), product.packed_depth = depth_, product.first_packed_row = first_row;
+    product.right = data_, product.packed_depth = depth_, product.first_packed_row = first_row;
   }
 
  private:
   int64_t depth_, columns_, lanes_;
-  std::unique_ptr<T[]> data_;
+  T* data_;
 };
 
 template <typename T, bool kTransposed, int kLanes, int kRows, int kVectors>

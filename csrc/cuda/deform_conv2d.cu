@@ -14,7 +14,8 @@
 namespace mmdcn {
 namespace {
 
-Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& bias) {
+Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& /*packed_weight*/) {
   const ConvGeometry& g = call.geometry;
   const DeviceGuard guard(call.input.get_device_index());
   const Tensor output =

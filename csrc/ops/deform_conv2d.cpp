@@ -11,8 +11,10 @@ MMDCN_OPERATORS(m) {
       "Tensor? bias, "   // [C_out]
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
       "SymInt groups, SymInt offset_groups, "
-      "bool allow_tf32=False"  // on CUDA, float32 products may use TF32
-      ") -> Tensor");          // [B, C_out, H_out, W_out]
+      "bool allow_tf32=False, "     // on CUDA, float32 products may use TF32
+      "Tensor? packed_weight=None"  // on a CPU: the weight as deform_conv2d_pack_weight returns it
+      ") -> Tensor");               // [B, C_out, H_out, W_out]
+  m.def("deform_conv2d_pack_weight(Tensor weight, SymInt groups) -> Tensor");
   m.def(
       "deform_conv2d_backward("
       "Tensor grad_output, "  // [B, C_out, H_out, W_out]

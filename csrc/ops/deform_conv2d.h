@@ -98,19 +98,19 @@ struct DeformConv2dCall {
   bool allow_tf32;
 };
 
-// Registers a device's kForward(call, bias) and kBackward(call, grad_output, output_mask, deterministic) as its
-// kernels.
+// Registers a device's kForward(call, bias, packed_weight) and kBackward(call, grad_output, output_mask, deterministic)
+// as its kernels.
 template <auto kForward, auto kBackward>
 struct DeformConv2dKernels {
   static Tensor forward(const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
                         const Tensor& weight, const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                        int64_t offset_groups, bool allow_tf32) {
+                        int64_t offset_groups, bool allow_tf32, const std::optional<Tensor>& packed_weight) {
     return with_readable_errors([&] {
       const ConvGeometry g =
           deform_conv2d_geometry(input, offset, mask, weight, stride, padding, dilation, groups, offset_groups);
       check_bias(bias, input, g.out_channels);
-      return kForward(DeformConv2dCall{g, input, offset, mask, weight, allow_tf32}, bias);
+      return kForward(DeformConv2dCall{g, input, offset, mask, weight, allow_tf32}, bias, packed_weight);
     });
   }
 

@@ -2,13 +2,14 @@
 """Deformable convolution layers with mmcv's arguments, attributes and parameters, on mmdcn's operator."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmdcn.nn._lost_offsets import report_lost_offsets
+from mmdcn.nn._packed_weight import PackedWeight
 from mmdcn.nn._predictors import ConvPredictor, Predictor
 from mmdcn.nn._tracing import OneNode
 from mmdcn.ops import deform_conv2d
@@ -26,6 +27,7 @@ class _DeformConv(OneNode, nn.Module):
     """
 
     bias: nn.Parameter | None
+    _packed_weight: PackedWeight | None = None  # for inference, if `mmdcn.prepack` was called
     _predicted = 0  # channels that the layer predicts per tap and offset group: y, x and perhaps a mask
 
     def __init__(
@@ -113,6 +115,26 @@ class _DeformConv(OneNode, nn.Module):
             predicted: Tensor = self.conv_offset(x.to(self.conv_offset.weight.dtype))
         return predicted
 
+    def _convolve(
+        self, x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        geometry = (self.stride, self.padding, self.dilation)
+        packed_weight = None if self._packed_weight is None else self._packed_weight.values_of(weight)
+        return deform_conv2d(x, offset, weight, bias, *geometry, mask, packed_weight=packed_weight)
+
+    def train(self, mode: bool = True) -> '_DeformConv':
+        """Set the mode; training mode discards the packed weight."""
+        if mode:
+            self._packed_weight = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> '_DeformConv':
+        self._packed_weight = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), '_packed_weight': None}
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Tensor],
@@ -124,6 +146,7 @@ class _DeformConv(OneNode, nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load the layer without mmcv's method, which logs a message for each layer and loses version-1 keys."""
+        self._packed_weight = None
         self.is_init = True  # keeps mmengine's init_weights from overwriting the loaded parameters
         if self._predicted:
             report_lost_offsets(state_dict, prefix, unexpected_keys)
@@ -180,7 +203,7 @@ class DeformConv2d(_DeformConv):
     ) -> Tensor:  # [B, C_out, H_out, W_out]
         """Apply `mmdcn.ops.deform_conv2d` with the layer's weight."""
         self._check_groups(offset)
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return self._convolve(x, offset, self.weight, self.bias)
 
 
 class DeformConv2dPack(DeformConv2d):
@@ -202,7 +225,7 @@ class DeformConv2dPack(DeformConv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with the given weight and bias, into which mmcv's ConvModule may have folded a normalization."""
-        return deform_conv2d(x, self._predict(x), weight, bias, self.stride, self.padding, self.dilation)
+        return self._convolve(x, self._predict(x), weight, bias)
 
 
 class ModulatedDeformConv2d(_DeformConv):
@@ -236,7 +259,7 @@ class ModulatedDeformConv2d(_DeformConv):
     ) -> Tensor:  # [B, C_out, H_out, W_out]
         """Apply `mmdcn.ops.deform_conv2d` with the layer's weight."""
         self._check_groups(offset)
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        return self._convolve(x, offset, self.weight, self.bias, mask)
 
 
 class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
@@ -262,4 +285,32 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         taps = self.deform_groups * self.kernel_size[0] * self.kernel_size[1]
         # dim=-3, because conv_offset also accepts an image without a batch dimension; the operator then refuses it.
         offset, mask = self._predict(x).split((2 * taps, taps), dim=-3)
-        return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation, mask.sigmoid())
+        return self._convolve(x, offset, weight, bias, mask.sigmoid())
+
+
+def prepack(model: nn.Module) -> nn.Module:
+    """Pack the weights of a model's deformable convolutions, so that a CPU need not pack them in each call.
+
+    This is for inference in float32 or float64, in eager mode. The output has the same bits; each packed layer takes
+    the memory of a second weight. Layers in another type or on another device stay as they are, and so do layers whose
+    weight is computed (weight standardization, spectral norm).
+
+    A layer discards its packed weight when it is trained (`train()`), loaded (`load_state_dict`), moved or converted
+    (`to`), copied or pickled. It does not use it after any other change of its weight, except one that torch itself
+    cannot see: a write through `weight.data` or `weight.numpy()`. Call `prepack` again after a change.
+
+    Args:
+        model: A detector, or any module, in eval mode. It is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model is in training mode.
+    """
+    if model.training:
+        raise ValueError('model must be in eval mode to be prepacked, got a model in training mode: call model.eval()')
+    for layer in model.modules():
+        if isinstance(layer, _DeformConv):
+            layer._packed_weight = PackedWeight.of(layer.weight, layer.groups)
+    return model

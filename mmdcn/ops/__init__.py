@@ -7,8 +7,8 @@ load()
 
 # These modules register rules for the operators of the core, so the core must be loaded first.
 import mmdcn.ops._flops  # noqa: E402, F401
-from mmdcn.ops.deform_conv2d import deform_conv2d  # noqa: E402
+from mmdcn.ops.deform_conv2d import deform_conv2d, pack_weight  # noqa: E402
 from mmdcn.ops.deform_roi_pool import deform_roi_pool  # noqa: E402
 from mmdcn.ops.nms import nms, nms_match, soft_nms  # noqa: E402
 
-__all__ = ['deform_conv2d', 'deform_roi_pool', 'nms', 'nms_match', 'soft_nms']
+__all__ = ['deform_conv2d', 'deform_roi_pool', 'nms', 'nms_match', 'pack_weight', 'soft_nms']

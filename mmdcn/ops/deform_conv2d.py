@@ -16,11 +16,11 @@ from mmdcn.ops._arguments import (
     check_like,
     check_output_mask,
     check_shape,
+    count,
     overridable,
-    pair,
-    single_if_low,
 )
 from mmdcn.ops._autocast import autocast
+from mmdcn.ops._conv_arguments import check_arguments, conv_geometry, output_size, weight_groups
 from mmdcn.ops._fake import empty_gradient, memory_format
 from mmdcn.ops._transforms import into_batch, into_channels, pull_back, register, run, unfold
 
@@ -38,6 +38,8 @@ def deform_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     mask: Tensor | None = None,  # [B, G*K, H_out, W_out]
+    *,
+    packed_weight: Tensor | None = None,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """Convolve with taps that are shifted by offsets and scaled by a mask, different at each output position.
 
@@ -64,6 +66,8 @@ def deform_conv2d(
         dilation: Step between taps in pixels, at least 1; one integer or (y, x).
         mask: A factor for each sample, of any value (DCNv2 uses 0 to 1): channel g*K + k holds that
             of tap k in offset group g. It has the type of the offset.
+        packed_weight: The same weight as `pack_weight` returns it. On a CPU, it saves the time to
+            pack the weight in each call; elsewhere it has no effect.
 
     Returns:
         The images of size H_out = (H + 2*padding - dilation*(kh - 1) - 1) // stride + 1, likewise
@@ -73,117 +77,54 @@ def deform_conv2d(
     Raises:
         ValueError: If the rank, shape, type or device of an argument does not fit, or the output
             would be empty, or a stride, padding or dilation is too small, or is 2^31 or more.
+        RuntimeError: If `packed_weight` does not have the size or the type of the packed weight.
     """
+    given = weight
     (input, weight, bias), (offset, mask) = autocast((input, weight, bias), (offset, mask))
-    geometry = _geometry(stride, padding, dilation)
+    packed_weight = packed_weight if weight is given else None
+    geometry = conv_geometry(stride, padding, dilation)
     if torch.compiler.is_compiling():
-        _check(input, offset, weight, bias, *geometry, mask)
+        check_arguments(input, offset, weight, bias, *geometry, mask)
     try:
-        groups = _groups(input, offset, weight)
-        return _convolve(input, offset, mask, weight, bias, *geometry, *groups, allow_tf32(input))
+        groups = weight_groups(input, offset, weight)
+        settings = (*geometry, *groups, allow_tf32(input), packed_weight)
+        return _convolve(input, offset, mask, weight, bias, *settings)
     except Exception:
-        _check(input, offset, weight, bias, *geometry, mask)  # rejects what the operator rejects, and says why
+        check_arguments(input, offset, weight, bias, *geometry, mask)  # rejects what the operator rejects, and says why
         raise
 
 
-def _groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Return the numbers of weight groups and offset groups; they are meaningful only if the shapes fit."""
-    _, group_channels, kernel_height, kernel_width = weight.shape
-    return input.shape[1] // group_channels, offset.shape[1] // (2 * kernel_height * kernel_width)
+def pack_weight(
+    weight: Tensor,  # [C_out, C_in/groups, kh, kw]
+    groups: int = 1,
+) -> Tensor:
+    """Pack a weight for repeated calls of `deform_conv2d` on a CPU.
 
+    The result depends on the instruction set of the processor: do not store it. It does not follow changes of the
+    weight. `mmdcn.prepack` packs the weights of a whole model, and does not use them after a change.
 
-def _geometry(
-    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
-) -> tuple[Pair, Pair, Pair]:
-    return pair(stride, 'stride', 1), pair(padding, 'padding', 0), pair(dilation, 'dilation', 1)
+    Args:
+        weight: The kernel, in float64, float32, float16 or bfloat16, on a CPU. In bfloat16 it has no effect if the
+            processor multiplies in this type.
+        groups: Number of groups of the weight, at least 1.
 
+    Returns:
+        A tensor of one dimension, in float64 for a float64 weight, otherwise in float32.
 
-def _check(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    mask: Tensor | None,
-) -> tuple[int, int]:
-    """Check every argument, and return the numbers of weight groups and offset groups."""
-    check_floating(input, 'input', 4, '[B, C_in, H, W]')
+    Raises:
+        ValueError: If the weight has a wrong rank or type, or is empty or not on a CPU, or the groups do not divide its
+            output channels.
+    """
     check_floating(weight, 'weight', 4, '[C_out, C_in/groups, kh, kw]')
-    check_floating(offset, 'offset', 4, '[B, 2*G*K, H_out, W_out]')
-    groups, offset_groups = _check_groups(input, offset, weight)
-    height, width = input.shape[2:]
-    kernel_height, kernel_width = weight.shape[2:]
-    out_size = _output_size(input, weight, stride, padding, dilation)
-    check(
-        out_size[0] > 0 and out_size[1] > 0,
-        lambda: (
-            f'input must be large enough for a {kernel_height} x {kernel_width} kernel with padding {padding} and '
-            f'dilation {dilation}; the output would be empty, got {height} x {width} pixels'
-        ),
-    )
-    samples = offset_groups * kernel_height * kernel_width
-    check_shape(offset, 'offset', '[B, 2*G*K, H_out, W_out]', input.shape[0], 2 * samples, *out_size)
-    check_like(weight, 'weight', input, input.dtype)
-    check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
-    if mask is not None:
-        check_floating(mask, 'mask', 4, '[B, G*K, H_out, W_out]')
-        check_shape(mask, 'mask', '[B, G*K, H_out, W_out]', input.shape[0], samples, *out_size)
-        check_like(mask, 'mask', input, offset.dtype)
-    if bias is not None:
-        check_floating(bias, 'bias', 1, '[C_out]')
-        check_shape(bias, 'bias', '[C_out]', weight.shape[0])
-        check_like(bias, 'bias', input, input.dtype)
-    return groups, offset_groups
-
-
-def _check_groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Check that the groups divide the channels, and return the numbers of weight groups and offset groups."""
-    _, channels, height, width = input.shape
-    out_channels, group_channels, kernel_height, kernel_width = weight.shape
-    check(
-        channels * height * width > 0,
-        lambda: f'input must have channels and pixels, got shape {list(input.shape)}',
-    )
+    groups = count(groups, 'groups', 1)
+    check(weight.device.type == 'cpu', lambda: f'weight must be on a CPU, got {weight.device}')
     check(weight.numel() > 0, lambda: f'weight must have no empty dimension, got shape {list(weight.shape)}')
     check(
-        channels % group_channels == 0,
-        lambda: (
-            f'weight must have a C_in/groups that divides the {channels} channels of input, '
-            f'got C_in/groups = {group_channels}'
-        ),
+        weight.shape[0] % groups == 0,
+        lambda: f'weight must have a C_out that its {groups} groups divide, got C_out = {weight.shape[0]}',
     )
-    groups = channels // group_channels
-    check(
-        out_channels % groups == 0,
-        lambda: f'weight must have a C_out that its {groups} groups divide, got C_out = {out_channels}',
-    )
-    taps = kernel_height * kernel_width
-    check(
-        offset.shape[1] > 0 and offset.shape[1] % (2 * taps) == 0,
-        lambda: (
-            f'offset must have a positive multiple of 2*K = {2 * taps} channels, y and x of each tap, '
-            f'got {offset.shape[1]} channels'
-        ),
-    )
-    offset_groups = offset.shape[1] // (2 * taps)
-    check(
-        channels % offset_groups == 0,
-        lambda: (
-            f'offset must have a number of offset groups that divides the {channels} channels of input, '
-            f'got {offset.shape[1]} channels, {offset_groups} offset groups'
-        ),
-    )
-    return groups, offset_groups
-
-
-def _output_size(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    def size(axis: int) -> int:
-        span = dilation[axis] * (weight.shape[axis + 2] - 1) + 1
-        return (input.shape[axis + 2] + 2 * padding[axis] - span) // stride[axis] + 1
-
-    return size(0), size(1)
+    packed: Tensor = torch.ops.mmdcn.deform_conv2d_pack_weight(weight.detach(), groups)
+    return packed
 
 
 def _convolve(*arguments: Any) -> Tensor:
@@ -213,6 +154,7 @@ def _reference(
     groups: int,
     offset_groups: int,
     allow_tf32: bool,
+    packed_weight: Tensor | None = None,
 ) -> Tensor:
     return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
@@ -237,6 +179,7 @@ def _fake(
     groups: int,
     offset_groups: int,
     allow_tf32: bool = False,
+    packed_weight: Tensor | None = None,
 ) -> Tensor:
     shape = _output_shape(input, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
@@ -255,13 +198,13 @@ def _output_shape(
     offset_groups: int,
 ) -> tuple[int, ...]:
     """Check everything that the operator checks, and return [B, C_out, H_out, W_out]."""
-    geometry = _geometry(stride, padding, dilation)
-    expected = _check(input, offset, weight, bias, *geometry, mask)
+    geometry = conv_geometry(stride, padding, dilation)
+    expected = check_arguments(input, offset, weight, bias, *geometry, mask)
     check(
         (groups, offset_groups) == expected,
         lambda: f'groups and offset_groups must be {expected} by the shapes, got {(groups, offset_groups)}',
     )
-    return (input.shape[0], weight.shape[0], *_output_size(input, weight, *geometry))
+    return (input.shape[0], weight.shape[0], *output_size(input, weight, *geometry))
 
 
 @torch.library.register_fake(_BACKWARD_OP)
@@ -304,7 +247,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     output_mask = (needs_input, needs_offset, needs_mask, needs_weight)
     gradients: tuple[Tensor | None, ...] = (None, None, None, None)
     if any(output_mask):
-        *geometry, allow_tf32 = ctx.settings
+        *geometry, allow_tf32 = ctx.settings[:6]
         settings = (*geometry, output_mask, torch.are_deterministic_algorithms_enabled(), allow_tf32)
         gradients = _convolve_backward(grad_output, input, offset, mask, weight, *settings)
     grad_input, grad_offset, grad_mask, grad_weight = (
@@ -323,6 +266,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         None,  # groups
         None,  # offset_groups
         None,  # allow_tf32
+        None,  # packed_weight
     )
 
 
@@ -343,7 +287,7 @@ def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *a
     """Merge V calls into one: with V times the images if all share weight and bias, else with V times the groups."""
     size = info.batch_size
     input, offset, mask, weight, bias, *geometry, groups, offset_groups = arguments[:10]
-    defaults = arguments[10:]  # of arguments that a call may leave out
+    defaults = arguments[10:]  # of arguments that a call may leave out: allow_tf32, packed_weight
     input_dim, offset_dim, mask_dim, weight_dim, bias_dim, *_ = in_dims
     shared = weight_dim is None and bias_dim is None
     fold, dim = (into_batch, 0) if shared else (into_channels, 1)
@@ -355,6 +299,7 @@ def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *a
     if not shared:
         weight, bias = into_batch(size, weight_dim, weight), into_batch(size, bias_dim, bias)
         groups, offset_groups = size * groups, size * offset_groups
+        defaults = defaults[:1]
     output = convolve(*images, weight, bias, *geometry, groups, offset_groups, *defaults)
     return unfold(size, dim, output), dim
 
