@@ -21,9 +21,10 @@
 namespace mmdcn {
 
 constexpr int64_t kMaxTilePositions = 192;
-constexpr int64_t kTileDepth = 384;  // approximate length of a product's sum
-constexpr int64_t kTileRows = 6;     // rows that a product computes at a time
-constexpr int64_t kSampleWork = 8;   // cost of one element of a column, in multiplications
+constexpr int64_t kLeastTilePositions = 24;  // with fewer, the weights are read too often
+constexpr int64_t kTileDepth = 384;          // approximate length of a product's sum
+constexpr int64_t kTileRows = 6;             // rows that a product computes at a time
+constexpr int64_t kSampleWork = 8;           // cost of one element of a column, in multiplications
 
 // The contribution of some channels of the image to the output.
 template <typename scalar_t>
@@ -77,8 +78,10 @@ class ConvForward {
     const int64_t row_bytes = channels_.size() * static_cast<int64_t>(sizeof(scalar_t));
     const int64_t plan_bytes = g_.samples_per_position() * static_cast<int64_t>(sizeof(PlannedSample<T>));
     const int64_t cache = core_cache_bytes();
-    tile_taps_ = kOwnProduct ? std::clamp<int64_t>(kTileDepth / channels_.size(), 1, g_.taps()) : g_.taps();
     const int64_t column_bytes = kOwnProduct ? cache / 4 : cache;
+    const int64_t depth = std::min(channels_.size(), g_.group_in_channels());  // of a tap
+    const int64_t taps = std::min(kTileDepth / depth, column_bytes / (kLeastTilePositions * row_bytes));
+    tile_taps_ = kOwnProduct ? std::clamp<int64_t>(taps, 1, g_.taps()) : g_.taps();
     const int64_t fitting = std::min(column_bytes / (tile_taps_ * row_bytes), cache / plan_bytes);
     tile_positions_ = std::clamp<int64_t>(fitting / kRows, 1, kMaxTilePositions / kRows) * kRows;
   }

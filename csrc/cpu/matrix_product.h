@@ -24,6 +24,9 @@ constexpr int64_t lanes_for(int64_t columns) {
   return columns <= 4 ? 4 : columns <= 8 ? 8 : kWidest;
 }
 
+// Rows of a tile of one vector: enough independent sums to keep the processor busy.
+constexpr int kNarrowTileRows = 12;
+
 // Vectors per row of a tile: as many as the registers hold for six rows.
 template <typename T>
 constexpr int64_t max_vectors(int64_t lanes) {
@@ -92,7 +95,7 @@ void multiply_tile(const MatrixProduct<T>& p, const T* __restrict left, const T*
                    int64_t right_vector_stride, T* __restrict result, int64_t result_stride) {
   typedef T Vector __attribute__((vector_size(kLanes * sizeof(T))));
   Vector sum[kRows][kVectors];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -106,7 +109,7 @@ void multiply_tile(const MatrixProduct<T>& p, const T* __restrict left, const T*
       for (int v = 0; v < kVectors; ++v) {
         memcpy(&factor[v], right + v * right_vector_stride, sizeof(Vector));
       }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) {
         const T number = kTransposed ? left[k * p.left_stride + i] : left[i * p.left_stride + k];
 #pragma GCC unroll 4
@@ -116,7 +119,7 @@ void multiply_tile(const MatrixProduct<T>& p, const T* __restrict left, const T*
       }
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -142,6 +145,7 @@ void multiply_vectors(const MatrixProduct<T>& p, const T* right, int64_t right_s
                                                              result + (row - first_row) * result_stride, result_stride);
     }
   };
+  if constexpr (kVectors == 1) tiles.template operator()<kNarrowTileRows>();
   tiles.template operator()<6>();
   tiles.template operator()<2>();
   tiles.template operator()<1>();
@@ -151,7 +155,7 @@ void multiply_vectors(const MatrixProduct<T>& p, const T* right, int64_t right_s
 template <typename T, bool kTransposed, int kLanes>
 void multiply_partial_vector(const MatrixProduct<T>& p, const T* right, int64_t right_stride, T* result,
                              int64_t columns) {
-  constexpr int64_t kRows = 6;
+  constexpr int64_t kRows = kNarrowTileRows;
   for (int64_t first = 0; first < p.rows; first += kRows) {
     const int64_t rows = std::min(kRows, p.rows - first);
     T vectors[kRows * kLanes] = {};
