@@ -82,11 +82,18 @@ class SamplePlan {
 
   // The samples of adjacent positions in a row of an image.
   void locate_run(int64_t image, int64_t out_y, int64_t out_x, int64_t length, PlannedSample<T>* samples) const {
+    constexpr int64_t kAhead = 8;  // samples, to prefetch: each is in planes of its own
     const int64_t per_position = g_.samples_per_position(), taps = g_.taps();
     const int64_t first_pixel = image * g_.height * g_.width;
     const T* offset = offsets_.at(image, out_y, out_x);
     const T* mask = masks_.data ? masks_.at(image, out_y, out_x) : nullptr;
     for (int64_t s = 0, tap = 0; s < per_position; ++s, tap = tap + 1 == taps ? 0 : tap + 1) {
+      if (s + kAhead < per_position) {
+        const T* ahead = offset + 2 * kAhead * offsets_.channel_stride;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + offsets_.channel_stride);
+        if (mask) __builtin_prefetch(mask + kAhead * masks_.channel_stride);
+      }
       const int64_t regular_y = g_.regular_y(out_y, tap), regular_x = g_.regular_x(out_x, tap);
       for (int64_t i = 0; i < length; ++i) {
         const T* own = offset + i * offsets_.x_stride;
