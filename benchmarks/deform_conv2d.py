@@ -57,6 +57,7 @@ VARIANTS = (
 GROUPS = (
     C4,
     replace(C4, name='c4 32 groups', groups=32),
+    replace(C4, name='c4 depthwise', groups=C4.channels),
     replace(C4, name='c4 64 offset groups', offset_groups=64),
     replace(C4, name='c4 1x1', kernel=1),
 )

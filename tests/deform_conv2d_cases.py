@@ -118,6 +118,7 @@ CASES = {
     'dilation': Case((2, 5), (9, 8), (3, 2), padding=(3, 2), dilation=(2, 3)),
     'everything at once': Case((6, 4), (9, 8), (3, 2), (2, 1), (1, 2), (2, 3), 2, 3),
     'depthwise': Case((4, 8), (5, 6), (3, 2), padding=(1, 0), groups=4),
+    'one filter for each channel': Case((70, 70), (5, 6), (3, 2), padding=(1, 0), groups=70, offset_groups=5),
     'own offsets for each channel': Case((4, 3), (5, 6), (2, 3), offset_groups=4),
     'offset groups within groups': Case((12, 4), (5, 6), (2, 2), groups=2, offset_groups=6),
     'groups within offset groups': Case((12, 12), (5, 6), (2, 2), groups=6, offset_groups=2),

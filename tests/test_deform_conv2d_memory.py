@@ -29,10 +29,13 @@ from torch import Tensor
 from mmdcn.ops import deform_conv2d
 
 
+@pytest.mark.parametrize(('channels', 'groups'), [((70, 4), 2), ((70, 70), 70)], ids=['groups', 'depthwise'])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_an_image_too_large_to_copy_whole_gives_what_the_reference_does(dtype: torch.dtype, device: str) -> None:
+def test_an_image_too_large_to_copy_whole_gives_what_the_reference_does(
+    channels: tuple[int, int], groups: int, dtype: torch.dtype, device: str
+) -> None:
     """The CPU copies 9 MiB of an image at a time, and so two parts or three of the channels of this one."""
-    call = COPIED_IN_PARTS.draw(dtype, device)
+    call = replace(COPIED_IN_PARTS, channels=channels, groups=groups).draw(dtype, device)
     assert call.input[0].numel() * call.input.element_size() > 9 << 20
     check_against_reference(call)
 

@@ -13,8 +13,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 import mmdcn
 from mmdcn.ops import deform_conv2d, pack_weight
 
-# groups, C_in and C_out: products of 4, 8 and 16 lanes, with whole, partial and several vectors.
-SHAPES = [(1, 5, 3), (1, 6, 8), (1, 7, 37), (2, 6, 134), (4, 32, 16)]
+# groups, C_in and C_out: products of 4, 8 and 16 lanes, with whole, partial and several vectors; depthwise.
+SHAPES = [(1, 5, 3), (1, 6, 8), (1, 7, 37), (2, 6, 134), (4, 32, 16), (20, 20, 20)]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

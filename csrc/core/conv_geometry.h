@@ -19,6 +19,7 @@ struct ConvGeometry {
   C10_HOST_DEVICE int64_t positions() const { return out_height * out_width; }
   C10_HOST_DEVICE int64_t group_in_channels() const { return in_channels / groups; }
   C10_HOST_DEVICE int64_t group_out_channels() const { return out_channels / groups; }
+  C10_HOST_DEVICE bool is_depthwise() const { return in_channels == groups && out_channels == groups; }
   C10_HOST_DEVICE int64_t samples_per_position() const { return offset_groups * taps(); }
   C10_HOST_DEVICE int64_t offset_group_channels() const { return in_channels / offset_groups; }
 

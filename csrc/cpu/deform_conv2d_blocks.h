@@ -36,8 +36,8 @@ struct BlockWeight {
         gradient(std::make_unique<T[]>(g.group_out_channels() * columns)) {}
 };
 
-// Channels of one group, or several whole groups if the channels of each fill whole vectors. The columns are
-// [positions, K, channels], in rows of whole vectors.
+// Channels of one group, or several whole groups if the channels of each fill whole vectors. In a depthwise convolution
+// all channels of the block count as one group. The columns are [positions, K, channels], in rows of whole vectors.
 template <typename T>
 struct ChannelBlock : ChannelRange {
   std::vector<BlockWeight<T>> groups;
@@ -47,6 +47,12 @@ struct ChannelBlock : ChannelRange {
 
   // columns [count, column_stride] = grad_output [count, C_out] x weight
   void columns_gradient(const ConvGeometry& g, const T* grad_output, int64_t count, T* columns) const {
+    if (g.is_depthwise()) {
+      for_each_depthwise_column(g, count, [&](int64_t weight, int64_t output, int64_t column) {
+        columns[column] = grad_output[output] * groups[0].packed[weight];
+      });
+      return;
+    }
     for (const BlockWeight<T>& part : groups) {
       MatrixProduct<T> product{.rows = count,
                                .depth = g.group_out_channels(),
@@ -62,6 +68,12 @@ struct ChannelBlock : ChannelRange {
   }
 
   void add_weight_gradient(const ConvGeometry& g, const T* grad_output, int64_t count, const T* columns) {
+    if (g.is_depthwise()) {
+      for_each_depthwise_column(g, count, [&](int64_t weight, int64_t output, int64_t column) {
+        groups[0].gradient[weight] += grad_output[output] * columns[column];
+      });
+      return;
+    }
     for (BlockWeight<T>& part : groups) {
       multiply<true>(MatrixProduct<T>{.rows = g.group_out_channels(),
                                       .columns = part.columns,
@@ -79,6 +91,22 @@ struct ChannelBlock : ChannelRange {
   }
 
  private:
+  // Calls body(index in the weight, index in the output's rows, index in the columns) for each column. The weight is a
+  // single row [K * channels].
+  template <typename Body>
+  void for_each_depthwise_column(const ConvGeometry& g, int64_t count, const Body& body) const {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t tap = 0; tap < g.taps(); ++tap) {
+        const int64_t weight = tap * this->size(), output = i * g.out_channels + this->begin;
+        const int64_t column = i * column_stride + weight;
+#pragma omp simd
+        for (int64_t c = 0; c < this->size(); ++c) {
+          body(weight + c, output + c, column + c);
+        }
+      }
+    }
+  }
+
   int64_t vector_stride(const BlockWeight<T>& part) const { return groups.size() > 1 ? this->size() : part.lanes; }
 };
 
@@ -103,7 +131,9 @@ inline std::unique_ptr<BFloat16Pair[]> weight_pairs(const ConvGeometry& g, const
 // The end of the block that begins at a channel.
 inline int64_t block_end(const ConvGeometry& g, int64_t begin, int64_t channels_end) {
   const int64_t most = g.taps() < 4 ? kMaxBlockChannels : kMaxBlockChannels / 2, size = g.group_in_channels();
-  const int64_t end = std::min(begin + most, channels_end), group_end = (begin / size + 1) * size;
+  const int64_t end = std::min(begin + most, channels_end);
+  if (g.is_depthwise()) return end;
+  const int64_t group_end = (begin / size + 1) * size;
   const bool groups_are_vectors = size == 4 || size == 8 || size == 16;
   if (end <= group_end || !groups_are_vectors || begin % size != 0) return std::min(end, group_end);
   return begin + (end - begin) / size * size;
@@ -116,7 +146,7 @@ std::vector<ChannelBlock<T>> channel_blocks(const ConvGeometry& g, const Channel
   for (int64_t begin = channels.begin; begin < channels.end; begin = blocks.back().end) {
     ChannelBlock<T>& block = blocks.emplace_back();
     block.begin = begin, block.end = block_end(g, begin, channels.end);
-    const std::vector<GroupChannels> groups = split_by_groups(block, g.group_in_channels());
+    const std::vector<GroupChannels> groups = split_by_weights(g, block);
     for (const GroupChannels& group : groups) {
       const int64_t lanes = groups.size() > 1 ? group.size() : lanes_for<T>(g.taps() * group.size());
       block.groups.emplace_back(g, group, lanes);
@@ -133,7 +163,8 @@ std::vector<ChannelBlock<T>> channel_blocks(const ConvGeometry& g, const Channel
 template <typename T, typename Body>
 void for_each_block_weight(const ConvGeometry& g, const std::vector<ChannelBlock<T>>& blocks, const Tensor& weight,
                            const Body& body) {
-  const int64_t channel_stride = weight.stride(1), y_stride = weight.stride(2), x_stride = weight.stride(3);
+  const int64_t channel_stride = weight.stride(g.is_depthwise() ? 0 : 1), y_stride = weight.stride(2),
+                x_stride = weight.stride(3);
   torch::stable::parallel_for(0, blocks.size(), kThreadWork / weight.numel() + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (const BlockWeight<T>& part : blocks[i].groups) {

@@ -24,10 +24,9 @@ class GroupWeights {
       : g_(g),
         channels_(channels),
         packed_(packed ? *packed : torch::stable::empty({elements(g, channels)}, compute_type(weight.scalar_type()))) {
-    const int64_t outputs = g.group_out_channels();
     T* part = data<T>(packed_);
-    for (const GroupChannels& range : split_by_groups(channels, g.group_in_channels())) {
-      parts_.push_back({range, {g.taps() * range.size(), outputs, lanes_for<T>(outputs), part}});
+    for (const GroupChannels& range : split_by_weights(g, channels)) {
+      parts_.push_back({range, {g.taps() * range.size(), g.group_out_channels(), lanes(g), part}});
       part += elements(g, range);
     }
     if (packed) return;
@@ -37,12 +36,12 @@ class GroupWeights {
   const Tensor& packed() const { return packed_; }  // [elements]
 
   static int64_t elements(const ConvGeometry& g, const ChannelRange& channels) {
-    const int64_t outputs = g.group_out_channels();
-    return PackedMatrix<T>::elements(g.taps() * channels.size(), outputs, lanes_for<T>(outputs));
+    return PackedMatrix<T>::elements(g.taps() * channels.size(), g.group_out_channels(), lanes(g));
   }
 
   // result [count, C_out] += columns [count, taps, channels] of some taps x the weights
   void add_product(const T* columns, int64_t count, int64_t first_tap, int64_t taps, T* result) const {
+    if (g_.is_depthwise()) return add_depthwise_product(columns, count, first_tap, taps, result);
     for (const Part& part : parts_) {
       const int64_t depth = part.channels.size();
       MatrixProduct<T> product{.rows = count,
@@ -61,6 +60,23 @@ class GroupWeights {
   }
 
  private:
+  static int64_t lanes(const ConvGeometry& g) { return g.is_depthwise() ? 1 : lanes_for<T>(g.group_out_channels()); }
+
+  void add_depthwise_product(const T* columns, int64_t count, int64_t first_tap, int64_t taps, T* result) const {
+    const int64_t size = channels_.size();
+    const T* weights = &parts_[0].weight.at(first_tap * size, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      T* sums = result + i * g_.out_channels + channels_.begin;
+      for (int64_t tap = 0; tap < taps; ++tap, columns += size) {
+        const T* factors = weights + tap * size;
+#pragma omp simd
+        for (int64_t c = 0; c < size; ++c) {
+          sums[c] += factors[c] * columns[c];
+        }
+      }
+    }
+  }
+
   struct Part {
     GroupChannels channels;
     PackedMatrix<T> weight;
@@ -86,7 +102,7 @@ class GroupWeights {
   template <typename scalar_t>
   void pack_outputs(const Tensor& weight, const Part& part, int64_t first, int64_t last) const {
     const int64_t in_group = part.channels.begin % g_.group_in_channels(), size = part.channels.size();
-    const int64_t out_stride = weight.stride(0), channel_stride = weight.stride(1);
+    const int64_t out_stride = weight.stride(0), channel_stride = weight.stride(g_.is_depthwise() ? 0 : 1);
     const scalar_t* weights = data<const scalar_t>(weight) +
                               (part.channels.group * g_.group_out_channels() + first) * out_stride +
                               in_group * channel_stride;

@@ -55,10 +55,9 @@ def deform_conv2d(
     Args:
         input: Images, in float64, float32, float16 or bfloat16, with any strides. The output has
             their memory format.
-        offset: Offsets in pixels of the input, of any length: channel (g*K + k)*2 holds y and
-            (g*K + k)*2 + 1 holds x of tap k in offset group g. They have the type of the input;
-            with float16 or bfloat16 input, they may be float32. An infinite offset samples zero, a
-            NaN gives NaN.
+        offset: Offsets in pixels of the input, of any length: channel (g*K + k)*2 holds y and (g*K + k)*2 + 1 holds x
+            of tap k in offset group g. They have the type of the input; with float16 or bfloat16 input, they may be
+            float32. An infinite offset samples zero, a NaN gives NaN.
         weight: The kernel, in the type of the input.
         bias: Added to each output channel; in the type of the input.
         stride: Step between output positions in pixels, at least 1; one integer or (y, x).
@@ -66,8 +65,7 @@ def deform_conv2d(
         dilation: Step between taps in pixels, at least 1; one integer or (y, x).
         mask: A factor for each sample, of any value (DCNv2 uses 0 to 1): channel g*K + k holds that
             of tap k in offset group g. It has the type of the offset.
-        packed_weight: The same weight as `pack_weight` returns it. On a CPU, it saves the time to
-            pack the weight in each call; elsewhere it has no effect.
+        packed_weight: The same weight as `pack_weight` returns it, for a CPU; else it has no effect.
 
     Returns:
         The images of size H_out = (H + 2*padding - dilation*(kh - 1) - 1) // stride + 1, likewise
@@ -75,8 +73,8 @@ def deform_conv2d(
         and the mask are in float32.
 
     Raises:
-        ValueError: If the rank, shape, type or device of an argument does not fit, or the output
-            would be empty, or a stride, padding or dilation is too small, or is 2^31 or more.
+        ValueError: If the rank, shape, type or device of an argument does not fit, or the output would be empty, or a
+            stride, padding or dilation is too small, or is 2^31 or more.
         RuntimeError: If `packed_weight` does not have the size or the type of the packed weight.
     """
     given = weight
@@ -87,8 +85,7 @@ def deform_conv2d(
         check_arguments(input, offset, weight, bias, *geometry, mask)
     try:
         groups = weight_groups(input, offset, weight)
-        settings = (*geometry, *groups, allow_tf32(input), packed_weight)
-        return _convolve(input, offset, mask, weight, bias, *settings)
+        return _convolve(input, offset, mask, weight, bias, *geometry, *groups, allow_tf32(input), packed_weight)
     except Exception:
         check_arguments(input, offset, weight, bias, *geometry, mask)  # rejects what the operator rejects, and says why
         raise
