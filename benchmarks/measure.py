@@ -24,6 +24,7 @@ Call = Callable[[], object]
 Build = Callable[[], Call]
 # Idle threads of ONNX Runtime and OpenMP spin for a while, and would take a core from the next candidate.
 SETTLE_SECONDS = 0.2
+WAKE_SECONDS = 0.02  # of calls before each timing: threads that have just woken up may share a core for some ms
 LONG_SECONDS = 0.5  # calls of this duration need no wake-up call before each timing
 LEAST_SECONDS = 0.005  # of one timing on a CPU; shorter calls are repeated: the first after a pause is slow
 WAITING = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')  # environment variables that control how OpenMP's threads wait
@@ -65,7 +66,7 @@ def measure(
             if device == 'cpu':
                 time.sleep(SETTLE_SECONDS)
                 if warm_ups[name] < LONG_SECONDS:
-                    call()  # wakes the candidate's threads
+                    repeated(call, math.ceil(WAKE_SECONDS / warm_ups[name]))()
                 count = math.ceil(LEAST_SECONDS / warm_ups[name])
             seconds[name].append(timer(repeated(call, count)) / count)
     return {name: Measurement(seconds[name], peaks[name]) for name in candidates}

@@ -69,9 +69,11 @@ struct ChannelBlock : ChannelRange {
 
   void add_weight_gradient(const ConvGeometry& g, const T* grad_output, int64_t count, const T* columns) {
     if (g.is_depthwise()) {
+      std::vector<T> sums(g.taps() * this->size());  // of these positions alone, for small rounding errors
       for_each_depthwise_column(g, count, [&](int64_t weight, int64_t output, int64_t column) {
-        groups[0].gradient[weight] += grad_output[output] * columns[column];
+        sums[weight] += grad_output[output] * columns[column];
       });
+      for (size_t i = 0; i < sums.size(); ++i) groups[0].gradient[i] += sums[i];
       return;
     }
     for (BlockWeight<T>& part : groups) {
