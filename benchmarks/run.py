@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import Patch
 from measure import Call, Measurement, busy_loops, machine, measure
 from tabulate import tabulate
 from tqdm import tqdm
@@ -110,26 +112,30 @@ def chart(groups: dict[str, Results], baseline: str, title: str, path: Path) -> 
     """Draw a row of plots for each group of cases, and a column for each mode."""
     columns = max(len(results) for results in groups.values())
     size = (7 * columns, 4.5 * len(groups))
-    figure, grid = plt.subplots(len(groups), columns, figsize=size, squeeze=False)
+    all_rows = [row for results in groups.values() for rows in results.values() for row in rows.values()]
+    names = dict.fromkeys(name for row in all_rows for name in row)
+    colors = dict(zip(names, cycle(plt.get_cmap('tab20').colors), strict=False))
+    figure, grid = plt.subplots(len(groups), columns, figsize=size, squeeze=False, layout='constrained')
     for axes, (group, results) in zip(grid, groups.items(), strict=True):
         for ax, (mode, rows) in zip(axes, results.items(), strict=False):
-            bars(ax, rows, baseline)
+            bars(ax, rows, baseline, colors)
             ax.set_title(f'{group}, {mode}')
-        axes[0].legend(fontsize=7)
     figure.suptitle(title)
-    figure.tight_layout()
+    patches = [Patch(color=color, label=name) for name, color in colors.items()]
+    figure.legend(handles=patches, loc='outside lower center', ncols=5, fontsize=7)
     figure.savefig(path, dpi=120 if len(groups) == 1 else 60)
     plt.close(figure)
 
 
-def bars(ax: plt.Axes, rows: dict[str, Row], baseline: str) -> None:
+def bars(ax: plt.Axes, rows: dict[str, Row], baseline: str, colors: dict[str, Any]) -> None:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     for i, name in enumerate(names):
         heights = [row[name].median / base_of(row, baseline) if name in row else 0 for row in rows.values()]
         places = [j + i * 0.8 / len(names) for j in range(len(rows))]
-        drawn = ax.bar(places, heights, 0.8 / len(names), label=name)
+        drawn = ax.bar(places, heights, 0.8 / len(names), color=colors[name])
         ax.bar_label(drawn, [f'{h:.2g}' if h else '' for h in heights], fontsize=6, rotation=90, padding=2)
-    ax.set_xticks([j + 0.4 for j in range(len(rows))], list(rows))
+    slant = dict(rotation=30, ha='right', rotation_mode='anchor', fontsize=8) if len(rows) > 4 else {}
+    ax.set_xticks([j + 0.4 for j in range(len(rows))], list(rows), **slant)
     ax.set_yscale('log')
     ax.axhline(1, color='black', lw=0.8)
     ax.set_ylim(top=ax.get_ylim()[1] * 2)
