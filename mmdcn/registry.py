@@ -9,6 +9,7 @@ from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry, root
 
+import mmdcn.checkpoints.zoo  # noqa: F401  (so that mmengine loads weights from `mmdcn://…`)
 from mmdcn.checkpoints.safe_globals import allow_mmengine_checkpoints
 
 MODELS = Registry(

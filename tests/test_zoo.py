@@ -289,10 +289,10 @@ from mmdet.apis import inference_detector, init_detector
 from mmengine.hub import get_model
 
 image = mmcv.imread({str(next((package.folder.parent).glob('data*/mnist_scenes/test/*.png')))!r})
+hub = get_model('mmdcn::tiny/tiny.py', pretrained=True)  # first, before anything imports mmdcn.zoo
 model = mmdcn.zoo.find('tiny')
 detector = init_detector(model.config, model.weights, device='cpu')
 inferencer = mmdcn.DetInferencer('tiny', device='cpu', show_progress=False)
-hub = get_model('mmdcn::tiny/tiny.py', pretrained=True)
 published = torch.load(mmdcn.zoo.fetch('tiny'), weights_only=True)['state_dict']
 for found in (detector, inferencer.model, hub):
     weights = found.state_dict()
