@@ -21,8 +21,8 @@ constexpr int64_t kMaxBlockChannels = 64;
 template <typename T>
 struct BlockWeight {
   GroupChannels channels;
-  int64_t columns, lanes;  // K * channels, in whole vectors
-  std::unique_ptr<T[]> packed;
+  int64_t columns, lanes;       // K * channels, in whole vectors
+  std::unique_ptr<T[]> packed;  // the elements of `weight`
   PackedMatrix<T> weight;
   std::unique_ptr<T[]> gradient;  // [C_out/groups, columns]
 

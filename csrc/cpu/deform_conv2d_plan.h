@@ -32,7 +32,7 @@ inline std::vector<GroupChannels> split_by_groups(const ChannelRange& channels, 
   return parts;
 }
 
-// Channels with a weight matrix each; a depthwise convolution has a single row of weights for all.
+// Channels that share a weight matrix: those of a group, or all channels of a depthwise convolution.
 inline std::vector<GroupChannels> split_by_weights(const ConvGeometry& g, const ChannelRange& channels) {
   if (g.is_depthwise()) return {{channels, channels.begin}};
   return split_by_groups(channels, g.group_in_channels());

@@ -14,7 +14,8 @@
 
 namespace mmdcn {
 
-// The weights of the groups to which some channels belong, as right matrices [K * channels, C_out/groups].
+// The weights of the groups to which some channels belong, as right matrices [K * channels, C_out/groups]. Those of a
+// depthwise convolution are a single column [K * channels].
 template <typename T>
 class GroupWeights {
  public:

@@ -17,6 +17,7 @@ def weight_groups(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, i
 def conv_geometry(
     stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
 ) -> tuple[Pair, Pair, Pair]:
+    """Return stride, padding and dilation as (y, x) each."""
     return pair(stride, 'stride', 1), pair(padding, 'padding', 0), pair(dilation, 'dilation', 1)
 
 

@@ -244,7 +244,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     output_mask = (needs_input, needs_offset, needs_mask, needs_weight)
     gradients: tuple[Tensor | None, ...] = (None, None, None, None)
     if any(output_mask):
-        *geometry, allow_tf32 = ctx.settings[:6]
+        *geometry, allow_tf32 = ctx.settings[:6]  # without the packed weight, which the backward does not use
         settings = (*geometry, output_mask, torch.are_deterministic_algorithms_enabled(), allow_tf32)
         gradients = _convolve_backward(grad_output, input, offset, mask, weight, *settings)
     grad_input, grad_offset, grad_mask, grad_weight = (
@@ -296,7 +296,7 @@ def _vmap(convolve: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *a
     if not shared:
         weight, bias = into_batch(size, weight_dim, weight), into_batch(size, bias_dim, bias)
         groups, offset_groups = size * groups, size * offset_groups
-        defaults = defaults[:1]
+        defaults = defaults[:1]  # the packed weight is that of a single call
     output = convolve(*images, weight, bias, *geometry, groups, offset_groups, *defaults)
     return unfold(size, dim, output), dim
 
