@@ -24,11 +24,21 @@ def differences(case_number: int, device: str) -> dict[str, float]:
     }
 
 
+def keep_part(part: int, parts: int) -> None:
+    """Leave the autotuner one part of its configurations, so that processes compile them side by side."""
+    from deformops.backends.triton._kernels import conv_deform2d
+
+    for kernel in (conv_deform2d._conv_forward_kernel, conv_deform2d._conv_backward_kernel):
+        kernel.configs = kernel.configs[part::parts]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('case', type=int, choices=range(3), help='0, 1, 2 for c3, c4, c5')
     parser.add_argument('--device', default='cuda')
+    parser.add_argument('--part', type=int, nargs=2, default=(0, 1), help='the part of the configurations, and the parts')
     args = parser.parse_args()
+    keep_part(*args.part)
     found = differences(args.case, args.device)
     print(', '.join(f'{name} {difference:.1e}' for name, difference in found.items()))
     # The result of a few roundings with random signs stays within a few eps of the dtype.

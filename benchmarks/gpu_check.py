@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / 'benchmarks'
 STEPS = ('tests', 'sanitize', 'bench', 'resnet')
 TOOLS = ('memcheck', 'racecheck', 'synccheck', 'initcheck')
+DEFORMOPS_PARTS = 4  # processes that compile the configurations of a shape
 RESERVE = 12  # seconds for the page and the charts
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 5
@@ -232,7 +233,7 @@ def test_step(work: Path, limit: float) -> Step:
     if importlib.util.find_spec('xdist'):
         options += ['-n', '8', '--dist', 'worksteal', '--max-worker-restart', '40']
     if importlib.util.find_spec('pytest_timeout'):
-        options += ['--timeout', '75', '--timeout-method', 'thread']
+        options += ['--timeout', '120', '--timeout-method', 'thread']
     tests = sorted(
         f'tests/{path.name}' for pattern in ('deform_*', 'nms') for path in (work / 'tests').glob(f'test_{pattern}.py')
     )
@@ -304,7 +305,11 @@ def sanitizer_errors(log: str) -> tuple[list[str], list[str]]:
 def deformops_steps(limit: float) -> list[Step]:
     """Compile deformops' kernels while the tests run, so that the benchmark does not spend a minute on it."""
     command = python(BENCHMARKS / 'check_deformops.py')
-    return [Step(f'deformops {stage}', [*command, str(i)], limit) for i, stage in enumerate(('c3', 'c4', 'c5'))]
+    return [
+        Step(f'deformops {stage} {part}', [*command, str(i), '--part', str(part), str(DEFORMOPS_PARTS)], limit)
+        for i, stage in enumerate(('c3', 'c4', 'c5'))
+        for part in range(DEFORMOPS_PARTS)
+    ]
 
 
 def bench(check: Check, operator: str, groups: list[str], limit: float) -> None:
@@ -347,7 +352,7 @@ def main() -> None:
     check.run(Step('probe', python('-c', PROBE), 60, cwd=check.work))
     side_by_side = []
     if 'tests' in args.steps:
-        side_by_side.append(test_step(check.work, 110))
+        side_by_side.append(test_step(check.work, 150))
     sanitizers = sanitizer_steps(check.work, 110, args.sanitize) if 'sanitize' in args.steps else []
     with_deformops = 'bench' in args.steps and bool(check.peers)
     peers = deformops_steps(110) if with_deformops else []

@@ -87,16 +87,20 @@ struct Wgmma {
           copy_to(i);
         }
       }
-      wait(full(0), 0);
+      wait_for_weights();
     }
 
-    // Waits for the weights of the next step.
+    // Waits for the weights of the current step.
+    __device__ __forceinline__ void wait_for_weights() {
+      if (done < total) wait(full(stage), parity);
+    }
+
     __device__ __forceinline__ void advance() {
+      ++done;
       if (++stage == kStages) {
         stage = 0;
         parity ^= 1;
       }
-      if (++done < total) wait(full(stage), parity);
     }
 
     // Refills the stage of kLag steps ago.
@@ -117,9 +121,15 @@ struct Wgmma {
     const OutputPosition at = output_position(call, valid ? position : 0);
     __syncwarp();  // the table, or the result in its place, has been read
     if (lane < kWarpRows) store_shared(warp.rows + lane * 4, static_cast<uint32_t>(valid ? at.row(call) : -1));
+    const uint32_t entries = warp.table + lane % kWarpRows * 16;
     for (int32_t tap = lane / kWarpRows; tap < call.taps; tap += 2) {
-      const FusedSample sample = fused_sample(call, at, valid, offset_group, tap);
-      const uint32_t entry = warp.table + tap * kTapBytes + lane % kWarpRows * 16;
+      copy_offsets(call, at, valid, offset_group, tap, entries + tap * kTapBytes);
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    for (int32_t tap = lane / kWarpRows; tap < call.taps; tap += 2) {
+      const uint32_t entry = entries + tap * kTapBytes;
+      const FusedSample sample = fused_sample(call, at, valid, tap, entry);
       store_shared(entry, sample.vectors);
       store_shared(entry + kWeights, sample.weights);
     }
@@ -177,34 +187,51 @@ struct Wgmma {
     fragment[6] = corners.template blend<scalar_t>(weights, 3);
   }
 
+  // Exchanges the halves of a row's channels in the left operand.
+  __device__ __forceinline__ static void exchange_halves(uint32_t* fragment, bool exchanges) {
+#pragma unroll
+    for (int32_t i = 0; i < 8; i += 2) {
+      const uint32_t first = fragment[i], second = fragment[i + 8];
+      fragment[i] = exchanges ? second : first;
+      fragment[i + 8] = exchanges ? first : second;
+    }
+  }
+
   // Adds the products of an offset group, whose samples are in the table. Loads run kAhead vectors ahead of blends. A
   // step has four vectors of 8 channels: those at `in_quad` and `in_quad` + 4 of row `quad`, then of row `quad` + 8.
+  // Odd quads load the second half of a row first: eight lanes then read all banks of the L1 cache at once.
   __device__ __forceinline__ static void add_group(const FusedForward& call, const FusedSteps& plan, Ring& ring,
                                                    float (&sum)[kColumns / 2], const Warp& warp, int32_t offset_group) {
     uint32_t operand[2][16];
     FusedCorners corners[kAhead];
+    const bool is_odd = warp.quad % 2 != 0;
     const uint32_t own_table = warp.table + warp.quad * 16;
-    const char* load_channel = static_cast<const char*>(call.input) + warp.in_quad * 16 +
-                               offset_group * (call.channels / call.offset_groups) * 2;
+    // In vectors, which takes fewer registers than an address.
+    uint32_t channel = offset_group * (call.channels / call.offset_groups / 8) + warp.in_quad + (is_odd ? 4 : 0);
+    const int32_t to_other_half = is_odd ? -4 : 4;
     int32_t load_tap = 0, blend_tap = 0;  // in bytes of the table
     const int32_t group_end = ring.done + plan.group_steps;
+    uint4 vectors;   // of the row to load
+    float4 weights;  // of the row to blend
     const auto advance_loads = [&]() {  // stays at the last step
       if (ring.done + 1 >= group_end) return;
       load_tap += kTapBytes;
       if (load_tap != plan.table_end) return;
       load_tap = 0;
-      load_channel += kRowBytes;
+      channel += kChunk / 8;
     };
     const auto load = [&](FusedCorners& target, int32_t vector) {
-      const uint4 vectors = load_shared(own_table + load_tap + vector / 2 * 128);
-      target.load(vectors, load_channel + vector % 2 * 64);
+      if (vector % 2 == 0) vectors = load_shared(own_table + load_tap + vector / 2 * 128);
+      target.load(vectors, call.input, channel + (vector % 2 == 0 ? 0 : to_other_half));
     };
     const auto gather = [&](uint32_t (&a)[16]) {
 #pragma unroll
       for (int32_t vector = 0; vector < 4; ++vector) {
+        const int32_t row = vector / 2;
         FusedCorners& own = corners[vector % kAhead];
-        const float4 weights = load_shared_float4(own_table + blend_tap + kWeights + vector / 2 * 128);
-        blend(a + vector % 2 * 8 + vector / 2, own, weights);
+        if (vector % 2 == 0) weights = load_shared_float4(own_table + blend_tap + kWeights + row * 128);
+        blend(a + vector % 2 * 8 + row, own, weights);
+        if (vector % 2 == 1) exchange_halves(a + row, is_odd);
         if (vector + kAhead == 4) advance_loads();
         load(own, (vector + kAhead) % 4);
       }
@@ -214,13 +241,14 @@ struct Wgmma {
     const auto multiply_and_gather = [&](uint32_t (&a)[16], uint32_t (&next)[16]) {
       start_product(sum, a, swizzled_rows(ring.stages + ring.stage * kStageBytes));
       const uint32_t used = empty(ring.stage);
-      ring.advance();  // its wait also keeps the gather after the products
+      ring.advance();
+      ring.refill();  // its branch also keeps the gather after the products, and the next one keeps it before their end
       gather(next);
 #pragma unroll
       for (int32_t i = 0; i < 16; ++i) {
         pin(next[i]);
       }
-      ring.refill();
+      ring.wait_for_weights();
       wait_for_products();
       if (warp.lane == 0) arrive(used);
     };

@@ -95,7 +95,7 @@ def nms_match(
     scores = scores.detach().cpu()
     keepers = torch.ops.mmdcn.nms_match(boxes.detach().cpu(), scores, iou_threshold).tolist()
     groups: dict[int, list[int]] = {}
-    for number in scores.argsort(descending=True).tolist():
+    for number in scores.argsort(stable=True, descending=True).tolist():
         groups.setdefault(keepers[number], []).append(number)
     return list(groups.values())
 

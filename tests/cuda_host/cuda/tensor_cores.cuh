@@ -105,10 +105,11 @@ inline void load_matrices(uint32_t (&v)[4], uint32_t address) {
 
 // ---- Copies
 
-inline void copy_async(uint32_t target, const void* source) {
-  check_alignment(source, 16);
-  unsigned char* const to = shared_at(target, 16, 16);
-  begin(kernel_block.of_thread().copies.back(), [=] { std::memcpy(to, source, 16); });
+template <int kBytes>
+void copy_async(uint32_t target, const void* source) {
+  check_alignment(source, kBytes);
+  unsigned char* const to = shared_at(target, kBytes, kBytes);
+  begin(kernel_block.of_thread().copies.back(), [=] { std::memcpy(to, source, kBytes); });
 }
 
 inline void commit_copies() { kernel_block.of_thread().copies.emplace_back(); }
