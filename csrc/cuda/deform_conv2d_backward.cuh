@@ -9,6 +9,9 @@
 
 namespace mmdcn {
 
+// The backward launches more for each tile than the forward: on an H100, twice the memory makes it 5 % faster.
+constexpr int64_t kBackwardScale = 2;
+
 // The gradients that are needed, and where they are written.
 struct Gradients {
   Tensor input, offset, mask, weight;
@@ -52,7 +55,7 @@ void backward(DeviceCall<scalar_t>& call, const Tensor& grad_output, const Gradi
   const int64_t image_sum = g.height * g.width * g.in_channels;
   const int64_t sorted_bytes = sorts ? position_corners * 32 : 0;  // the corners and the memory that sorting them takes
   const Tiling tiling(g, call.input.copied_bytes() + grad_rows.copied_bytes() + (sums ? image_sum * sizeof(T) : 0),
-                      call.column_bytes() + sorted_bytes);
+                      call.column_bytes() + sorted_bytes, kBackwardScale);
   Workspace workspace;
   call.input.add_to(workspace, tiling.images);
   call.weight.add_to(workspace, g.out_channels);

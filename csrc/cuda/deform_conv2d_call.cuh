@@ -35,21 +35,22 @@ inline ConvGeometry with_batch(ConvGeometry g, int64_t images) {
 }
 
 // The number of images in a sub-batch and of positions in a tile. `copied` is in bytes per image, `columns` in bytes
-// per position.
+// per position; `scale` multiplies the limits of both.
 struct Tiling {
   int64_t images, tile_positions;
 
-  Tiling(const ConvGeometry& g, int64_t copied, int64_t columns) {
+  Tiling(const ConvGeometry& g, int64_t copied, int64_t columns, int64_t scale = 1) {
+    const int64_t copy_bytes = scale * kCopyBytes, tile_bytes = scale * kTileBytes;
     int64_t most = g.batch;
-    if (copied > 0) most = std::min(most, kCopyBytes / copied);
-    if (columns > 0) most = std::min(most, kTileBytes / (g.positions() * columns));
+    if (copied > 0) most = std::min(most, copy_bytes / copied);
+    if (columns > 0) most = std::min(most, tile_bytes / (g.positions() * columns));
     most = std::max<int64_t>(most, 1);
     while (most > 1 && !fits(with_batch(g, most), g.in_channels, g.positions())) {
       most /= 2;
     }
     images = ceil_div(g.batch, ceil_div(g.batch, most));
-    const int64_t total = images * g.positions(), tiles = ceil_div(total * columns, kTileBytes);
-    const int64_t rows = kTileRows * g.out_width, unit = rows * columns <= kTileBytes ? rows : 1;
+    const int64_t total = images * g.positions(), tiles = ceil_div(total * columns, tile_bytes);
+    const int64_t rows = kTileRows * g.out_width, unit = rows * columns <= tile_bytes ? rows : 1;
     tile_positions = tiles <= 1 ? total : std::min(ceil_div(ceil_div(total, tiles), unit) * unit, total);
     STD_TORCH_CHECK(fits(with_batch(g, images), g.in_channels, tile_positions),
                     "input and offset must have images of fewer than 2^31 elements, got ", g.in_channels, " x ",
