@@ -30,7 +30,7 @@
 #include <algorithm>
 
 #include "../core/dispatch.h"
-#include "../core/nhwc.h"
+#include "nhwc.h"
 #include "bounded_copies.h"
 #include "deform_conv2d_backward.h"
 #include "deform_conv2d_forward.h"

@@ -8,7 +8,7 @@
 
 #include "../core/conv_geometry.h"
 #include "../core/dispatch.h"
-#include "../core/nhwc.h"
+#include "nhwc.h"
 #include "cache.h"
 #include "deform_conv2d_blocks.h"
 #include "deform_conv2d_plan.h"

@@ -9,7 +9,7 @@
 
 #include "../core/conv_geometry.h"
 #include "../core/dispatch.h"
-#include "../core/nhwc.h"
+#include "nhwc.h"
 #include "cache.h"
 #include "deform_conv2d_plan.h"
 #include "deform_conv2d_sampling.h"

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "../core/bilinear.h"
-#include "../core/nhwc.h"
+#include "nhwc.h"
 #include "lanes.h"
 
 namespace mmdcn {

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../core/dispatch.h"
-#include "../core/nhwc.h"
+#include "nhwc.h"
 #include "bounded_copies.h"
 #include "lanes.h"
 

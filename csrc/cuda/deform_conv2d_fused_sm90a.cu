@@ -242,7 +242,7 @@ struct Wgmma {
       start_product(sum, a, swizzled_rows(ring.stages + ring.stage * kStageBytes));
       const uint32_t used = empty(ring.stage);
       ring.advance();
-      ring.refill();  // its branch also keeps the gather after the products, and the next one keeps it before their end
+      ring.refill();  // its branch keeps the gather behind the start of the products, the next wait ahead of their end
       gather(next);
 #pragma unroll
       for (int32_t i = 0; i < 16; ++i) {

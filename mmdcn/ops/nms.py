@@ -20,7 +20,7 @@ def nms(
 
     Args:
         boxes: Corners (x1, y1, x2, y2), in float64, float32, float16 or bfloat16; narrow types are computed in float32.
-        scores: The score of each box, in any of these types. Equal scores are in the order in which torch sorts them.
+        scores: The score of each box, in any of these types. Of equal scores, the first box comes first.
         iou_threshold: Largest intersection over union (IoU) of two boxes that are both kept.
         offset: 1 if a box includes the pixel (x2, y2), as in the first versions of mmdet; else 0.
 

@@ -6,8 +6,9 @@
 #include <optional>
 #include <vector>
 
-#include "dispatch.h"
-#include "stable_ops.h"
+#include "../core/dispatch.h"
+#include "../core/stable_ops.h"
+#include "positions.h"
 
 namespace mmdcn {
 
@@ -53,13 +54,28 @@ inline Tensor empty_nhwc(const Tensor& images, int64_t count, ScalarType type) {
                               images.device());
 }
 
+// Copies images, from the first on, to contiguous NHWC; `nhwc` is their view. torch transposes element by element.
+template <typename T>
+Tensor copy_to_nhwc(const Tensor& images, int64_t first, const Tensor& nhwc, Tensor& copy) {
+  if constexpr (std::is_floating_point_v<T>) {
+    if (are_planes<T>(images)) {
+      const int64_t channels = images.size(1), pixels = images.size(2) * images.size(3);
+      torch::stable::parallel_for(0, nhwc.size(0) * pixels, kThreadWork / channels + 1, [&](int64_t begin, int64_t end) {
+        read_planes(images, first * pixels + begin, end - begin, data<T>(copy) + begin * channels);
+      });
+      return copy;
+    }
+  }
+  return torch::stable::copy_(copy, nhwc);
+}
+
 template <typename T>
 Rows<T> nhwc_rows(const Tensor& images, int64_t first, int64_t count, ScalarType type) {
   Tensor nhwc = nhwc_view(images, first, count);
   std::optional<int64_t> pixel_stride = uniform_pixel_stride(nhwc);
   if (!pixel_stride || images.scalar_type() != type) {
     Tensor copy = empty_nhwc(images, count, type);
-    nhwc = torch::stable::copy_(copy, nhwc);
+    nhwc = copy_to_nhwc<T>(images, first, nhwc, copy);
     pixel_stride = images.size(1);
   }
   return {nhwc, static_cast<T*>(nhwc.data_ptr()), *pixel_stride};
