@@ -94,6 +94,13 @@ def copied_bytes(function: Callable[[], Any]) -> int:
     return sum(4 * torch.Size(event.input_shapes[0]).numel() for event in copies)
 
 
+def allocated_bytes(function: Callable[[], Any]) -> int:
+    """Count the bytes that torch allocates."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='the peak of memory is read as Linux tells it')
 @pytest.mark.parametrize(('groups', 'offset_groups'), [(1, 512), (512, 1), (512, 512)])
 def test_the_workspace_grows_with_neither_groups_nor_offset_groups(groups: int, offset_groups: int) -> None:
@@ -131,6 +138,7 @@ def test_channels_last_images_are_not_copied(device: str) -> None:
     in_place = copied_bytes(lambda: forward_and_backward(nhwc, nhwc_grad_output))
     output_bytes = 4 * grad_output.numel()
     assert in_place <= 5 * weight_bytes + output_bytes
-    if device == 'cpu':
-        copying = copied_bytes(lambda: forward_and_backward(call, grad_output))
-        assert copying > in_place + 2 * 4 * call.input.numel()
+    if device == 'cpu':  # NCHW images are copied in the forward and in the backward, and so is their gradient
+        copying = allocated_bytes(lambda: forward_and_backward(call, grad_output))
+        in_place = allocated_bytes(lambda: forward_and_backward(nhwc, nhwc_grad_output))
+        assert copying >= in_place + 3 * 4 * call.input.numel()

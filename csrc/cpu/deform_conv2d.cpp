@@ -30,11 +30,11 @@
 #include <algorithm>
 
 #include "../core/dispatch.h"
-#include "nhwc.h"
 #include "bounded_copies.h"
 #include "deform_conv2d_backward.h"
 #include "deform_conv2d_forward.h"
 #include "linear.h"
+#include "nhwc.h"
 
 namespace mmdcn {
 namespace {
@@ -142,9 +142,10 @@ DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const
       const Tensor part = slice(input, 1, begin, channels.size());
       for (int64_t first = 0; first < g.batch; first += step.images) {
         const int64_t count = std::min(step.images, g.batch - first);
-        Tensor target =
-            output_mask[0] ? nhwc_view(slice(grad_input, 1, begin, channels.size()), first, count) : grad_input;
-        Tensor sum = copies_grad_input ? empty_nhwc(part, count, type) : target;
+        const Tensor target = output_mask[0] ? slice(grad_input, 1, begin, channels.size()) : grad_input;
+        Tensor sum = copies_grad_input ? empty_nhwc(part, count, type)
+                     : output_mask[0]  ? nhwc_view(target, first, count)
+                                       : grad_input;
         torch::stable::zero_(sum);
         const Rows<T> grad_rows{sum, static_cast<T*>(sum.data_ptr()),
                                 copies_grad_input ? channels.size() : g.in_channels};
@@ -154,7 +155,7 @@ DeformConv2dGradients deform_conv2d_backward(const DeformConv2dCall& call, const
                      slice(grad_output, 0, first, count),
                      output_mask[1] ? static_cast<T*>(grad_offset.data_ptr()) + 2 * samples : nullptr,
                      output_mask[2] ? static_cast<T*>(grad_mask.data_ptr()) + samples : nullptr);
-        if (copies_grad_input) torch::stable::copy_(target, sum);
+        if (copies_grad_input) copy_from_nhwc<T>(sum, target, first);
       }
       if (output_mask[3]) backward.write_grad_weight(grad_weight);
     }

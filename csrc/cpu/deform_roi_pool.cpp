@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "../core/dispatch.h"
-#include "nhwc.h"
 #include "bounded_copies.h"
 #include "lanes.h"
+#include "nhwc.h"
 
 namespace mmdcn {
 namespace {
@@ -300,16 +300,15 @@ DeformRoIPoolGradients deform_roi_pool_backward(const DeformRoIPoolCall& call, c
       const std::optional<Rows<T>> rows =
           output_mask[1] ? std::optional(nhwc_rows<T>(channels_of(input, part), part.image, 1, type)) : std::nullopt;
       std::optional<Rows<T>> grad_rows;
-      Tensor target;
       if (output_mask[0]) {
-        target = nhwc_view(channels_of(grad_input, part), part.image, 1);
-        Tensor sum = copies_grad_input ? empty_nhwc(channels_of(input, part), 1, type) : target;
+        Tensor sum = copies_grad_input ? empty_nhwc(channels_of(input, part), 1, type)
+                                       : nhwc_view(channels_of(grad_input, part), part.image, 1);
         if (copies_grad_input) torch::stable::zero_(sum);
         grad_rows = Rows<T>{sum, data<T>(sum), copies_grad_input ? part.channels : g.channels};
       }
       Backward<T>(g, plan, part, rows, grad_rows)
           .run(data<const T>(grad_bins), output_mask[1] ? data<T>(grad_offset) : nullptr);
-      if (copies_grad_input) torch::stable::copy_(target, grad_rows->images);
+      if (copies_grad_input) copy_from_nhwc<T>(grad_rows->images, channels_of(grad_input, part), part.image);
     });
   });
   return {grad_input, output_mask[1] ? torch::stable::to(grad_offset, offset->scalar_type()) : grad_offset};

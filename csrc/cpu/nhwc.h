@@ -54,19 +54,42 @@ inline Tensor empty_nhwc(const Tensor& images, int64_t count, ScalarType type) {
                               images.device());
 }
 
-// Copies images, from the first on, to contiguous NHWC; `nhwc` is their view. torch transposes element by element.
+// Calls body(first pixel of the images, number of pixels, offset of their rows) for the shares of the threads.
+template <typename Body>
+void share_pixels(const Tensor& images, int64_t first, int64_t count, const Body& body) {
+  const int64_t channels = images.size(1), pixels = images.size(2) * images.size(3);
+  torch::stable::parallel_for(0, count * pixels, kThreadWork / channels + 1, [&](int64_t begin, int64_t end) {
+    body(first * pixels + begin, end - begin, begin * channels);
+  });
+}
+
+// Copies images to contiguous NHWC, [count, H, W, C]. torch transposes element by element.
 template <typename T>
-Tensor copy_to_nhwc(const Tensor& images, int64_t first, const Tensor& nhwc, Tensor& copy) {
+void copy_to_nhwc(const Tensor& images, int64_t first, Tensor& nhwc) {
+  const int64_t count = nhwc.size(0);
   if constexpr (std::is_floating_point_v<T>) {
     if (are_planes<T>(images)) {
-      const int64_t channels = images.size(1), pixels = images.size(2) * images.size(3);
-      torch::stable::parallel_for(0, nhwc.size(0) * pixels, kThreadWork / channels + 1, [&](int64_t begin, int64_t end) {
-        read_planes(images, first * pixels + begin, end - begin, data<T>(copy) + begin * channels);
+      share_pixels(images, first, count, [&](int64_t pixel, int64_t pixels, int64_t row) {
+        read_planes(images, pixel, pixels, data<T>(nhwc) + row);
       });
-      return copy;
+      return;
     }
   }
-  return torch::stable::copy_(copy, nhwc);
+  torch::stable::copy_(nhwc, nhwc_view(images, first, count));
+}
+
+// Copies contiguous NHWC, [count, H, W, C], to images.
+template <typename T>
+void copy_from_nhwc(const Tensor& nhwc, const Tensor& images, int64_t first) {
+  const int64_t count = nhwc.size(0);
+  if (are_planes<T>(images)) {
+    share_pixels(images, first, count, [&](int64_t pixel, int64_t pixels, int64_t row) {
+      write_planes(data<const T>(nhwc) + row, images, pixel, pixels);
+    });
+    return;
+  }
+  Tensor target = nhwc_view(images, first, count);
+  torch::stable::copy_(target, nhwc);
 }
 
 template <typename T>
@@ -74,8 +97,8 @@ Rows<T> nhwc_rows(const Tensor& images, int64_t first, int64_t count, ScalarType
   Tensor nhwc = nhwc_view(images, first, count);
   std::optional<int64_t> pixel_stride = uniform_pixel_stride(nhwc);
   if (!pixel_stride || images.scalar_type() != type) {
-    Tensor copy = empty_nhwc(images, count, type);
-    nhwc = copy_to_nhwc<T>(images, first, nhwc, copy);
+    nhwc = empty_nhwc(images, count, type);
+    copy_to_nhwc<T>(images, first, nhwc);
     pixel_stride = images.size(1);
   }
   return {nhwc, static_cast<T*>(nhwc.data_ptr()), *pixel_stride};

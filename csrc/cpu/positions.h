@@ -13,8 +13,8 @@
 
 namespace mmdcn {
 
-// Calls body(offset, row, length) for runs of at most `longest` positions, which are a stride of x apart in the tensor's
-// memory. `offset` is the memory offset of the first one.
+// Calls body(offset, row, length) for runs of at most `longest` positions, which are a stride of x apart in the
+// tensor's memory. `offset` is the memory offset of the first one.
 template <typename Body>
 void for_each_run(const Tensor& images, int64_t first, int64_t count, int64_t longest, const Body& body) {
   const bool rows_adjoin = images.stride(2) == images.size(3) * images.stride(3);

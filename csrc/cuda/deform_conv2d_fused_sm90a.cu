@@ -211,8 +211,8 @@ struct Wgmma {
     const int32_t to_other_half = is_odd ? -4 : 4;
     int32_t load_tap = 0, blend_tap = 0;  // in bytes of the table
     const int32_t group_end = ring.done + plan.group_steps;
-    uint4 vectors;   // of the row to load
-    float4 weights;  // of the row to blend
+    uint4 vectors;                      // of the row to load
+    float4 weights;                     // of the row to blend
     const auto advance_loads = [&]() {  // stays at the last step
       if (ring.done + 1 >= group_end) return;
       load_tap += kTapBytes;
