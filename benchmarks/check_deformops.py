@@ -36,7 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('case', type=int, choices=range(3), help='0, 1, 2 for c3, c4, c5')
     parser.add_argument('--device', default='cuda')
-    parser.add_argument('--part', type=int, nargs=2, default=(0, 1), help='the part of the configurations, and the parts')
+    parser.add_argument(
+        '--part', type=int, nargs=2, default=(0, 1), help='the part of the configurations, and the parts'
+    )
     args = parser.parse_args()
     keep_part(*args.part)
     found = differences(args.case, args.device)

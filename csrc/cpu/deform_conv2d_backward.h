@@ -8,12 +8,12 @@
 
 #include "../core/conv_geometry.h"
 #include "../core/dispatch.h"
-#include "nhwc.h"
 #include "cache.h"
 #include "deform_conv2d_blocks.h"
 #include "deform_conv2d_plan.h"
 #include "deform_conv2d_sampling.h"
 #include "matrix_product.h"
+#include "nhwc.h"
 #include "positions.h"
 
 namespace mmdcn {

@@ -9,12 +9,12 @@
 
 #include "../core/conv_geometry.h"
 #include "../core/dispatch.h"
-#include "nhwc.h"
 #include "cache.h"
 #include "deform_conv2d_plan.h"
 #include "deform_conv2d_sampling.h"
 #include "group_weights.h"
 #include "linear.h"
+#include "nhwc.h"
 #include "parallel.h"
 #include "positions.h"
 

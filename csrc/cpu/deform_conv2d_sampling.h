@@ -7,8 +7,8 @@
 #include <type_traits>
 
 #include "../core/bilinear.h"
-#include "nhwc.h"
 #include "lanes.h"
+#include "nhwc.h"
 
 namespace mmdcn {
 

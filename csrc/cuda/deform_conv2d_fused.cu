@@ -108,7 +108,7 @@ struct Mma {
 #pragma unroll
       for (int i = 0; i < kColumns * 8 / kThreads; ++i) {
         copy_async<16>(stages + stage * kStageBytes + (thread + i * kThreads) * 16,
-                   own_weights + step * step_bytes + i * kThreads * 16);
+                       own_weights + step * step_bytes + i * kThreads * 16);
       }
     }
 

@@ -48,8 +48,8 @@ __device__ __forceinline__ OutputPosition output_position(const FusedForward& ca
   return {image, band * call.band + (in_band - x * height), x};
 }
 
-// Starts to copy the offsets and the mask of a sample to its entry of the table. They take no registers on their way, so
-// that those of all taps can be in flight. `valid` is false beyond the last position.
+// Starts to copy the offsets and the mask of a sample to its entry of the table. They take no registers on their way,
+// so that those of all taps can be in flight. `valid` is false beyond the last position.
 __device__ __forceinline__ void copy_offsets(const FusedForward& call, const OutputPosition& at, bool valid,
                                              int32_t offset_group, int32_t tap, uint32_t entry) {
   if (!valid) return;

@@ -29,8 +29,8 @@ constexpr uint32_t kThreads = 256;
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffff;
 
-// Size of a tile's columns. On an H100, tiles that fit in the L2 cache are slower: the forward and backward of 16 images
-// of 128 x 100 x 168 takes 3.1 ms with 16 MiB, 2.8 ms with 32 to 64 MiB, and 2.3 ms with 128 MiB.
+// Size of a tile's columns. On an H100, tiles that fit in the L2 cache are slower: the forward and backward of 16
+// images of 128 x 100 x 168 takes 3.1 ms with 16 MiB, 2.8 ms with 32 to 64 MiB, and 2.3 ms with 128 MiB.
 constexpr int64_t kTileBytes = 128 << 20;
 constexpr int64_t kCopyBytes = 40 << 20;  // images that are copied at a time, unless a single one is larger
 

@@ -21,7 +21,9 @@ inline void check_nms(const Tensor& boxes,   // [N, 4]
 }
 
 // Indices of the boxes, highest score first, and of equal scores the first box first: on every device the same.
-inline Tensor by_score(const Tensor& scores) { return call_torch("aten::argsort", "stable", scores, true, int64_t{0}, true); }
+inline Tensor by_score(const Tensor& scores) {
+  return call_torch("aten::argsort", "stable", scores, true, int64_t{0}, true);
+}
 
 inline Tensor index_select(const Tensor& tensor, const Tensor& index) {
   return call_torch("aten::index_select", "", tensor, int64_t{0}, index);
