@@ -120,28 +120,18 @@ struct Mma {
       }
     }
 
-    // Calls body(position, whether it is valid, tap, entry) for the thread's samples of an offset group.
-    template <typename Body>
-    __device__ __forceinline__ void for_each_sample(const Body& body) const {
+    // Writes the samples of an offset group to the table.
+    __device__ __forceinline__ void write_table(int32_t offset_group) const {
       for (int32_t i = thread; i < kRows * call.taps; i += kThreads) {
         const int32_t tap = i / kRows, of_tap = i - tap * kRows;
         const bool valid = first_row + of_tap < call.positions();
-        body(output_position(call, valid ? first_row + of_tap : 0), valid, tap, table + tap * kTapBytes + of_tap * 16);
-      }
-    }
-
-    // Writes the samples of an offset group to the table.
-    __device__ __forceinline__ void write_table(int32_t offset_group) const {
-      for_each_sample([&](const OutputPosition& at, bool valid, int32_t tap, uint32_t entry) {
-        copy_offsets(call, at, valid, offset_group, tap, entry);
-      });
-      commit_copies();
-      wait_for_copies<0>();
-      for_each_sample([&](const OutputPosition& at, bool valid, int32_t tap, uint32_t entry) {
-        const FusedSample sample = fused_sample(call, at, valid, tap, entry);
+        const OutputPosition at = output_position(call, valid ? first_row + of_tap : 0);
+        const FusedSample sample =
+            fused_sample(call, at, valid, tap, [&]() { return load_offsets(call, at, offset_group, tap); });
+        const uint32_t entry = table + tap * kTapBytes + of_tap * 16;
         store_shared(entry, sample.vectors);
         store_shared(entry + kWeights, sample.weights);
-      });
+      }
     }
 
     // Gathers the operand of a first step, and loads the first vectors of the second.

@@ -48,15 +48,23 @@ __device__ __forceinline__ OutputPosition output_position(const FusedForward& ca
   return {image, band * call.band + (in_band - x * height), x};
 }
 
-// Starts to copy the offsets and the mask of a sample to its entry of the table. They take no registers on their way,
-// so that those of all taps can be in flight. `valid` is false beyond the last position.
+// The offsets of a sample, y and x, and its mask, if there are masks.
+__device__ __forceinline__ float4 load_offsets(const FusedForward& call, const OutputPosition& at, int32_t offset_group,
+                                               int32_t tap) {
+  const int32_t channel = offset_group * call.taps + tap;
+  return {__ldg(call.offset.at(at.image, 2 * channel, at.y, at.x)),
+          __ldg(call.offset.at(at.image, 2 * channel + 1, at.y, at.x)),
+          call.mask.data ? __ldg(call.mask.at(at.image, channel, at.y, at.x)) : 1.0f, 0};
+}
+
+// Starts to copy the same to shared memory. On their way they take no registers, so that many can be in flight.
 __device__ __forceinline__ void copy_offsets(const FusedForward& call, const OutputPosition& at, bool valid,
-                                             int32_t offset_group, int32_t tap, uint32_t entry) {
+                                             int32_t offset_group, int32_t tap, uint32_t target) {
   if (!valid) return;
   const int32_t channel = offset_group * call.taps + tap;
-  copy_async<4>(entry, call.offset.at(at.image, 2 * channel, at.y, at.x));
-  copy_async<4>(entry + 4, call.offset.at(at.image, 2 * channel + 1, at.y, at.x));
-  if (call.mask.data) copy_async<4>(entry + 8, call.mask.at(at.image, channel, at.y, at.x));
+  copy_async<4>(target, call.offset.at(at.image, 2 * channel, at.y, at.x));
+  copy_async<4>(target + 4, call.offset.at(at.image, 2 * channel + 1, at.y, at.x));
+  if (call.mask.data) copy_async<4>(target + 8, call.mask.at(at.image, channel, at.y, at.x));
 }
 
 struct FusedSample {
@@ -64,17 +72,18 @@ struct FusedSample {
   float4 weights;
 };
 
-// The sample of one tap, whose offsets have been copied to `entry`.
+// The sample of one tap. `valid` is false beyond the last position; otherwise offsets() gives its offsets and mask.
+template <typename Offsets>
 __device__ __forceinline__ FusedSample fused_sample(const FusedForward& call, const OutputPosition& at, bool valid,
-                                                    int32_t tap, uint32_t entry) {
+                                                    int32_t tap, const Offsets& offsets) {
   const int32_t tap_y = tap / call.kernel_width, tap_x = tap - tap_y * call.kernel_width;
   float y = static_cast<float>(at.y * call.stride_y - call.padding_y + tap_y * call.dilation_y);
   float x = static_cast<float>(at.x * call.stride_x - call.padding_x + tap_x * call.dilation_x);
   float mask = 0;
   if (valid) {
-    const float4 offsets = load_shared_float4(entry);
-    y += offsets.x, x += offsets.y;
-    mask = call.mask.data ? offsets.z : 1.0f;
+    const float4 own = offsets();
+    y += own.x, x += own.y;
+    mask = call.mask.data ? own.z : 1.0f;
   }
   const bool inside =
       valid && y > -1 && x > -1 && y < static_cast<float>(call.height) && x < static_cast<float>(call.width);

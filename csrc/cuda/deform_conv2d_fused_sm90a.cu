@@ -129,7 +129,7 @@ struct Wgmma {
     wait_for_copies<0>();
     for (int32_t tap = lane / kWarpRows; tap < call.taps; tap += 2) {
       const uint32_t entry = entries + tap * kTapBytes;
-      const FusedSample sample = fused_sample(call, at, valid, tap, entry);
+      const FusedSample sample = fused_sample(call, at, valid, tap, [&]() { return load_shared_float4(entry); });
       store_shared(entry, sample.vectors);
       store_shared(entry + kWeights, sample.weights);
     }
