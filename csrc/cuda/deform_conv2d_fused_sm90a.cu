@@ -199,14 +199,14 @@ struct Wgmma {
 
   // Adds the products of an offset group, whose samples are in the table. Loads run kAhead vectors ahead of blends. A
   // step has four vectors of 8 channels: those at `in_quad` and `in_quad` + 4 of row `quad`, then of row `quad` + 8.
-  // Odd quads load the second half of a row first: eight lanes then read all banks of the L1 cache at once.
+  // Odd quads load the second half of a row first: eight lanes then read all banks of the L1 cache at once. Channels
+  // are counted in vectors, which takes fewer registers than addresses.
   __device__ __forceinline__ static void add_group(const FusedForward& call, const FusedSteps& plan, Ring& ring,
                                                    float (&sum)[kColumns / 2], const Warp& warp, int32_t offset_group) {
     uint32_t operand[2][16];
     FusedCorners corners[kAhead];
     const bool is_odd = warp.quad % 2 != 0;
     const uint32_t own_table = warp.table + warp.quad * 16;
-    // In vectors, which takes fewer registers than an address.
     uint32_t channel = offset_group * (call.channels / call.offset_groups / 8) + warp.in_quad + (is_odd ? 4 : 0);
     const int32_t to_other_half = is_odd ? -4 : 4;
     int32_t load_tap = 0, blend_tap = 0;  // in bytes of the table
@@ -227,13 +227,11 @@ struct Wgmma {
     const auto gather = [&](uint32_t (&a)[16]) {
 #pragma unroll
       for (int32_t vector = 0; vector < 4; ++vector) {
-        const int32_t row = vector / 2;
-        FusedCorners& own = corners[vector % kAhead];
-        if (vector % 2 == 0) weights = load_shared_float4(own_table + blend_tap + kWeights + row * 128);
-        blend(a + vector % 2 * 8 + row, own, weights);
-        if (vector % 2 == 1) exchange_halves(a + row, is_odd);
+        if (vector % 2 == 0) weights = load_shared_float4(own_table + blend_tap + kWeights + vector / 2 * 128);
+        blend(a + vector % 2 * 8 + vector / 2, corners[vector % kAhead], weights);
+        if (vector % 2 == 1) exchange_halves(a + vector / 2, is_odd);
         if (vector + kAhead == 4) advance_loads();
-        load(own, (vector + kAhead) % 4);
+        load(corners[vector % kAhead], (vector + kAhead) % 4);
       }
       blend_tap += kTapBytes;
       if (blend_tap == plan.table_end) blend_tap = 0;
@@ -252,7 +250,6 @@ struct Wgmma {
       wait_for_products();
       if (warp.lane == 0) arrive(used);
     };
-
 #pragma unroll
     for (int32_t vector = 0; vector < kAhead; ++vector) {
       load(corners[vector], vector);
