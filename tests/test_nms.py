@@ -20,7 +20,8 @@ def test_nms_keeps_what_the_reference_keeps(count: int, offset: int, threshold: 
     boxes, scores = draw(count, device)
     actual = nms(boxes, scores, threshold, offset)
     assert actual.dtype == torch.int64 and actual.device == boxes.device
-    assert actual.tolist() == reference.nms(boxes.cpu(), scores.cpu(), threshold, offset).tolist()
+    # On the same device, whose sort decides the order of equal scores.
+    assert actual.tolist() == reference.nms(boxes, scores, threshold, offset).tolist()
 
 
 @each_count

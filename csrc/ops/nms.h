@@ -20,10 +20,8 @@ inline void check_nms(const Tensor& boxes,   // [N, 4]
   STD_TORCH_CHECK(offset == 0 || offset == 1, "offset must be 0 or 1, got ", offset);
 }
 
-// Indices of the boxes, highest score first, and of equal scores the first box first: on every device the same.
-inline Tensor by_score(const Tensor& scores) {
-  return call_torch("aten::argsort", "stable", scores, true, int64_t{0}, true);
-}
+// Indices of the boxes, highest score first. torch's sort decides ties, as in mmcv.
+inline Tensor by_score(const Tensor& scores) { return call_torch("aten::argsort", "", scores, int64_t{0}, true); }
 
 inline Tensor index_select(const Tensor& tensor, const Tensor& index) {
   return call_torch("aten::index_select", "", tensor, int64_t{0}, index);

@@ -20,7 +20,7 @@ def nms(
 
     Args:
         boxes: Corners (x1, y1, x2, y2), in float64, float32, float16 or bfloat16; narrow types are computed in float32.
-        scores: The score of each box, in any of these types. Of equal scores, the first box comes first.
+        scores: The score of each box, in any of these types. Equal scores are in the order in which torch sorts them.
         iou_threshold: Largest intersection over union (IoU) of two boxes that are both kept.
         offset: 1 if a box includes the pixel (x2, y2), as in the first versions of mmdet; else 0.
 
@@ -95,7 +95,7 @@ def nms_match(
     scores = scores.detach().cpu()
     keepers = torch.ops.mmdcn.nms_match(boxes.detach().cpu(), scores, iou_threshold).tolist()
     groups: dict[int, list[int]] = {}
-    for number in scores.argsort(stable=True, descending=True).tolist():
+    for number in scores.argsort(descending=True).tolist():
         groups.setdefault(keepers[number], []).append(number)
     return list(groups.values())
 

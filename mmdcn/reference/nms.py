@@ -13,7 +13,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
     """Define mmdcn.ops.nms."""
     corners = boxes.tolist()
     kept: list[int] = []
-    for number in scores.argsort(stable=True, descending=True).tolist():
+    for number in scores.argsort(descending=True).tolist():
         if not any(_overlap(corners[better], corners[number], offset) > iou_threshold for better in kept):
             kept.append(number)
     return boxes.new_tensor(kept, dtype=torch.int64)
@@ -49,7 +49,7 @@ def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[list[
     """Define mmdcn.ops.nms_match."""
     corners = boxes.tolist()
     groups: list[list[int]] = []
-    for number in scores.argsort(stable=True, descending=True).tolist():
+    for number in scores.argsort(descending=True).tolist():
         own = (group for group in groups if _overlap(corners[group[0]], corners[number], 0) >= iou_threshold)
         group = next(own, None)
         if group is None:
