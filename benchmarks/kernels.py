@@ -41,9 +41,12 @@ LAUNCH_SHARED = {  # dynamic shared memory in bytes by kernel: Form::shared_byte
     r'\bMma<.*, 128, 256, 64, 64, 2, 1>': 135168,
     r'\bMma<.*, 64, 128, 32, 64, 3, 2>': 83968,
     r'\bMma<.*, 64, 64, 32, 32, 3, 3>': 59392,
-    r'\bWgmma<.*, 1, 64, 4, 3>': 51520,
-    r'\bWgmma<.*, 2, 256, 3, 1>': 135728,
-    r'\bWgmma<.*, 3, 128, 5, 1>': 138064,
+    r'\bWgmma<.*, 1, 64, 4, 3, 0>': 51520,
+    r'\bWgmma<.*, 2, 256, 3, 1, 0>': 135728,
+    r'\bWgmma<.*, 3, 128, 5, 1, 0>': 138064,
+    r'\bWgmma<.*, 1, 64, 4, 3, 2048>': 59712,
+    r'\bWgmma<.*, 2, 256, 3, 1, 2048>': 152112,
+    r'\bWgmma<.*, 3, 128, 5, 1, 2048>': 162640,
 }
 CLASSES = {  # the first match counts
     'control': r'BRA|BRX|JMP|EXIT|BSSY|BSYNC|BREAK|BAR|WARPSYNC|CALL|RET|NOP|DEPBAR|LDGDEPBAR|YIELD|NANOSLEEP|WARPGROUP'

@@ -41,8 +41,8 @@ FUSED = {
     '256 channels': Case((128, 256), (9, 8), (1, 3), padding=(0, 1), mask=False),
     'one step': Case((64, 64), (3, 4), (1, 1), batch=1),
 }
+TENSOR_CORES = ('8.0', '9.0', '9.0 new')  # the compute capability, and MMDCN_CUDA_KERNELS
 ROI_CASES = roi_pool.CASES | roi_pool.LARGE
-STEMS = ('deform_conv2d', 'deform_conv2d_fused', 'deform_conv2d_fused_sm90a', 'deform_roi_pool', 'nms')
 # Of input, offset and weight; one without a mask has no other gradient in the last row.
 NEEDED = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -56,7 +56,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip('there is no g++')
     csrc = shutil.copytree(ROOT / 'csrc', tmp_path_factory.mktemp('cuda_host') / 'csrc')
     shutil.copytree(ROOT / 'tests/cuda_host', csrc, dirs_exist_ok=True)
-    sources = [*(csrc / f'cuda/{stem}.cu' for stem in STEMS), *(csrc / 'ops').glob('*.cpp')]
+    sources = [*(csrc / 'cuda').glob('*.cu'), *(csrc / 'ops').glob('*.cpp')]
     library = csrc / 'host.so'
     subprocess.run(
         [
@@ -176,34 +176,57 @@ def test_deform_conv2d_reads_no_unaligned_vector(host: object, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    ('dtype', 'seed'), [(torch.bfloat16, 0), (torch.float16, 1), (torch.float16, 2), (torch.bfloat16, 3)]
+    ('dtype', 'finite', 'seed'),
+    [(torch.bfloat16, True, 0), (torch.float16, False, 1), (torch.float16, True, 2), (torch.bfloat16, False, 3)],
 )
 @pytest.mark.parametrize(
-    ('capability', 'name'),
-    [*product((80, 90), FUSED), (86, '256 channels')],  # of which 86 has no room for the form of 256 columns
+    ('kernels', 'name'),
+    [*product(TENSOR_CORES, FUSED), ('8.6', '256 channels')],  # 8.6 has no room for the form of 256 columns
 )
 def test_deform_conv2d_on_tensor_cores_equals_the_cpu(
     host: object,
     library: Path,
     name: str,
     dtype: torch.dtype,
-    capability: int,
+    finite: bool,
+    kernels: str,
     seed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv('MMDCN_HOST_CAPABILITY', f'{capability}')
+    _choose(monkeypatch, kernels)
     monkeypatch.setenv('MMDCN_HOST_SEED', f'{seed}')
     case = FUSED[name]
     call = case.draw(dtype)
-    call.offset[0, 0, 0, 0], call.offset[0, -1, -1, -1], call.input[0, 3, 1, 2] = torch.inf, torch.nan, torch.nan
+    call.offset[0, 0, 0, 0] = torch.inf
+    if not finite:
+        call.offset[0, -1, -1, -1], call.input[0, 3, 1, 2] = torch.nan, torch.nan
     geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
     arguments = (call.input, call.offset, call.mask, call.weight, call.bias, *geometry)
     launches = ctypes.c_uint32.in_dll(ctypes.CDLL(library), 'mmdcn_host_launches')
     before = launches.value
     actual, expected = (ops.deform_conv2d(*arguments) for ops in (host, torch.ops.mmdcn))
     assert launches.value > before
-    assert 0 < expected.isnan().sum() < expected.numel()
+    assert expected.isfinite().all() if finite else 0 < expected.isnan().sum() < expected.numel()
     _compare((actual, expected), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('kernels', TENSOR_CORES)
+def test_tensor_cores_get_samples_that_are_rounded_once(
+    host: object, kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of the corners are not rounded to a half type."""
+    _choose(monkeypatch, kernels)
+    call = Case((64, 64), (9, 8), (1, 1), bias=False).draw(dtype)
+    input, mask = 1 + call.input.abs(), 0.5 + call.mask.abs()  # no sum cancels
+    identity = torch.eye(64, dtype=dtype)[:, :, None, None]  # which makes the samples the output
+    geometry = ((1, 1), (0, 0), (1, 1), 1, 1)
+    actual = host.deform_conv2d(input, call.offset.float(), mask.float(), identity, None, *geometry)
+    in_double = (tensor.double() for tensor in (input, call.offset, mask, identity))
+    expected = torch.ops.mmdcn.deform_conv2d(*in_double, None, *geometry)
+    # Half a unit in the last place, and the errors of the corners' weights and of their sum.
+    tolerance = torch.finfo(dtype).eps / 2 + 2**-16
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
@@ -313,6 +336,13 @@ def test_nms_keeps_what_the_cpu_keeps(
         boxes, scores = draw_boxes(count, dtype=dtype)
         kept = [ops.nms(boxes, scores, threshold, offset) for ops in (host, torch.ops.mmdcn)]
         assert torch.equal(*kept)
+
+
+def _choose(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    """Choose the kernels of a compute capability, and perhaps those that have not run on a GPU."""
+    capability, *new = kernels.split()
+    monkeypatch.setenv('MMDCN_HOST_CAPABILITY', capability.replace('.', ''))
+    monkeypatch.setenv('MMDCN_CUDA_KERNELS', *(new or ['']))
 
 
 def _calls(run: Callable[[], object]) -> list[str]:

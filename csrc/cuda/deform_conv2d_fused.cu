@@ -4,6 +4,9 @@
 // multiplies the previous step. Asynchronous copies load the weights into a ring of kStages.
 #include "deform_conv2d_fused.cuh"
 
+#include <cstdlib>
+#include <string_view>
+
 #include "deform_conv2d_fused_forms.h"
 #include "device.cuh"
 
@@ -276,6 +279,25 @@ FusedShape mma_shape(const FusedForward& call, int32_t device) {
       call, device, [&](auto form) -> FusedShape { return {form.kRows, form.kColumns, form.shared_bytes(call.taps)}; });
 }
 
+// For compute capability 9.0: the form that ran on a GPU, at commit ca94760, and one that has not yet run there.
+constexpr FusedForm kTested = FusedForm::kWgmma, kNew = FusedForm::kWgmmaBlend;
+
+FusedForm hopper_form() {
+  const char* const kernels = std::getenv("MMDCN_CUDA_KERNELS");
+  return kernels && std::string_view(kernels) == "new" ? kNew : kTested;
+}
+
+FusedShape fused_shape(const FusedForward& call, FusedForm form, int32_t device) {
+  switch (form) {
+    case FusedForm::kWgmma:
+      return fused_wgmma_shape(call);
+    case FusedForm::kWgmmaBlend:
+      return fused_wgmma_blend_shape(call);
+    default:
+      return mma_shape(call, device);
+  }
+}
+
 // With fewer blocks too many multiprocessors are idle, and columns are faster.
 bool occupies(const FusedForward& call, const FusedShape& shape, int32_t device) {
   constexpr double kLeastBlocks = 0.6;  // per multiprocessor; measured on an H100
@@ -289,19 +311,20 @@ FusedForm fused_form(const FusedForward& call, int32_t device) {
   if (call.channels / call.offset_groups % kChunk != 0 || call.out_channels % 64 != 0) return FusedForm::kNone;
   const int capability =
       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const FusedForm form = capability == 90 ? FusedForm::kWgmma : FusedForm::kMma;
-  const FusedShape shape = form == FusedForm::kWgmma ? fused_wgmma_shape(call) : mma_shape(call, device);
+  const FusedForm form = capability == 90 ? hopper_form() : FusedForm::kMma;
+  const FusedShape shape = fused_shape(call, form, device);
   const bool fits = shape.shared_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return fits && occupies(call, shape, device) ? form : FusedForm::kNone;
 }
 
 void run_fused(const FusedForward& call, FusedForm form, bool is_half, int32_t device) {
-  if (form == FusedForm::kWgmma) {
-    run_fused_wgmma(call, is_half, device);
-  } else if (is_half) {
-    run_mma<__half>(call, device);
-  } else {
-    run_mma<__nv_bfloat16>(call, device);
+  switch (form) {
+    case FusedForm::kWgmma:
+      return run_fused_wgmma(call, is_half, device);
+    case FusedForm::kWgmmaBlend:
+      return run_fused_wgmma_blend(call, is_half, device);
+    default:
+      is_half ? run_mma<__half>(call, device) : run_mma<__nv_bfloat16>(call, device);
   }
 }
 

@@ -138,6 +138,13 @@ struct FusedCorners {
     }
   }
 
+  // All four words.
+  template <typename scalar_t>
+  __device__ __forceinline__ uint4 blend(const float4& weights) const {
+    return make_uint4(blend<scalar_t>(weights, 0), blend<scalar_t>(weights, 1), blend<scalar_t>(weights, 2),
+                      blend<scalar_t>(weights, 3));
+  }
+
  private:
   template <typename scalar_t>
   __device__ __forceinline__ static uint32_t blend(const float4& w, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -13,11 +13,13 @@
 // Positions are ordered image by image, in bands of a few rows, and column by column within a band: the positions of a
 // block then share most of their pixels, which are read from the L1 cache.
 //
-// There are two forms: `wgmma` for compute capability 9.0, and `mma.sync` for 8.0 and later.
-//   wgmma     a warp gathers its 16 rows directly into the register fragments of the left operand. A thread's fragments
-//             of a step are 16 channels of two rows, (2t, 2t+1, 2t+8, 2t+9) of each 16. The channels of the packed
-//             weight are permuted so that these are two 16-byte vectors of each pixel.
-//   mma.sync  all warps gather the left operand of the next step into shared memory.
+// There are three forms: two with `wgmma` for compute capability 9.0, and `mma.sync` for 8.0 and later.
+//   wgmma        a warp gathers its 16 rows directly into the register fragments of the left operand. A thread's
+//                fragments of a step are 16 channels of two rows, (2t, 2t+1, 2t+8, 2t+9) of each 16. The channels of
+//                the packed weight are permuted so that these are two 16-byte vectors of each pixel.
+//   wgmma_blend  the tensor cores also blend: Note [Blending on the tensor cores]. A warp gathers its 16 rows into
+//                shared memory, and reads the fragments from there.
+//   mma.sync     all warps gather the left operand of the next step into shared memory.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +43,7 @@ struct FusedForward {
   C10_HOST_DEVICE int32_t positions() const { return batch * out_height * out_width; }
 };
 
-enum class FusedForm { kNone, kMma, kWgmma };
+enum class FusedForm { kNone, kMma, kWgmma, kWgmmaBlend };
 
 // The form to run on a device, or kNone if none supports the call or columns are faster.
 FusedForm fused_form(const FusedForward& call, int32_t device);

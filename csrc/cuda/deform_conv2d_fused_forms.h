@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The form of Note [Fused forward] that compiles only for compute capability 9.0, in a separate source.
+// The forms of Note [Fused forward] that compile only for compute capability 9.0, each in a separate source.
 #pragma once
 
 #include "deform_conv2d_fused.h"
@@ -12,7 +12,9 @@ struct FusedShape {
 };
 
 FusedShape fused_wgmma_shape(const FusedForward& call);
+FusedShape fused_wgmma_blend_shape(const FusedForward& call);
 
 void run_fused_wgmma(const FusedForward& call, bool is_half, int32_t device);
+void run_fused_wgmma_blend(const FusedForward& call, bool is_half, int32_t device);
 
 }  // namespace mmdcn

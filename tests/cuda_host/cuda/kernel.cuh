@@ -56,7 +56,8 @@ struct KernelBlock {
   int32_t shared_bytes;
   bool late;  // whether what is asynchronous is done as late as it may, or at once
   std::vector<Unfinished> unfinished;
-  std::map<uint32_t, Barrier> barriers;  // by address
+  std::map<uint32_t, Barrier> barriers = {};  // by address
+  bool vote = false;                          // of __syncthreads_or
 
   uint32_t lane() const { return fibers->current() % kWarp; }
   Unfinished& of_thread() { return unfinished[fibers->current()]; }
@@ -86,7 +87,26 @@ struct ThreadIndex {
 inline constexpr ThreadIndex threadIdx;
 
 inline void __syncthreads() { kernel_block.fibers->wait_for_block(); }
+inline bool __syncthreads_or(bool vote) {
+  __syncthreads();
+  kernel_block.vote |= vote;
+  __syncthreads();
+  const bool result = kernel_block.vote;
+  __syncthreads();
+  kernel_block.vote = false;
+  return result;
+}
+
 inline void __syncwarp() { kernel_block.exchange("__syncwarp", true); }
+inline uint32_t __byte_perm(uint32_t first, uint32_t second, uint32_t order) {
+  const uint64_t bytes = uint64_t{second} << 32 | first;
+  uint32_t word = 0;
+  for (uint32_t i = 0; i < 4; ++i) {
+    word |= static_cast<uint32_t>(bytes >> (order >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return word;
+}
+
 inline float __ldg(const float* source) { return *source; }
 
 inline unsigned char* dynamic_shared() { return kernel_block.shared; }

@@ -82,6 +82,8 @@ struct Pair {
   static float high(uint32_t word) { return number_of<scalar_t>(word, 1); }
   static uint32_t of(float low, float high) { return pack_pair<scalar_t>(low, high); }
 
+  static void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b) { multiply(sum, {a0, a1, 0, 0}, b, 0); }
+
   static void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Fragments {
       uint32_t a[4], b[2];
