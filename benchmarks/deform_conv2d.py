@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark cases of deformable convolution: shapes and implementations."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -180,6 +181,15 @@ def mmdcn_deform_conv2d(x: Inputs) -> Tensor:
     return mmdcn.ops.deform_conv2d(x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask)
 
 
+def mmdcn_with_new_kernels(x: Inputs) -> Tensor:
+    """Run the kernels that have not passed their tests on a GPU; without such kernels, the same as otherwise."""
+    os.environ['MMDCN_CUDA_KERNELS'] = 'new'
+    try:
+        return mmdcn_deform_conv2d(x)
+    finally:
+        del os.environ['MMDCN_CUDA_KERNELS']
+
+
 def prepacked_call(x: Inputs) -> Call:
     """Pack the weight beforehand, as `mmdcn.prepack` does, and as ONNX Runtime and OpenVINO do with a constant."""
     packed_weight = mmdcn.ops.pack_weight(x.weight, x.groups)
@@ -308,10 +318,13 @@ def forward_candidates(case: Case, device: str) -> dict[str, Build]:
     """Return, for each candidate, the function that builds its forward call."""
     candidates = common_candidates(case, device)
     builds: dict[str, Build] = {name: partial(partial, *candidate) for name, candidate in candidates.items()}
+    _, x = candidates['conv2d']
+    _, y = candidates['mmdcn channels_last']
+    if device == 'cuda' and case.dtype == torch.bfloat16:
+        builds['mmdcn channels_last, new kernels'] = partial(partial, mmdcn_with_new_kernels, y)
     if device == 'cpu' and case.dtype == torch.float32:
-        _, x = candidates['conv2d']
         builds['mmdcn prepacked'] = partial(prepacked_call, x)
-        builds['mmdcn prepacked channels_last'] = partial(prepacked_call, x.channels_last())
+        builds['mmdcn prepacked channels_last'] = partial(prepacked_call, y)
         builds['onnxruntime'] = partial(onnxruntime_session, x)
         builds['openvino'] = partial(openvino_request, x)
     return builds

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused kernels on a GPU with tensor cores. The other tests are too small for them; tests/test_cuda_host.py runs
+them without a GPU.
+"""
+
+import pytest
+import torch
+from deform_conv2d_cases import Case
+
+from mmdcn.ops import deform_conv2d
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason='torch finds no CUDA device with tensor cores for bfloat16',
+)
+# One for each number of output channels of a block, with enough positions for the multiprocessors of an H100.
+CASES = {
+    '64 channels': Case((128, 64), (81, 83), (3, 2), (1, 1), (1, 2), (2, 1), offset_groups=2),
+    '128 channels': Case((64, 128), (107, 90), (3, 3), padding=(1, 1)),
+    '256 channels': Case((64, 256), (141, 155), (1, 3), (2, 1), (0, 1), mask=False, bias=False),
+}
+
+
+LOW = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=['tested', 'new'])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that passed their tests on a GPU, and those that have not run there."""
+    monkeypatch.setenv('MMDCN_CUDA_KERNELS', request.param)
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('finite', [True, False], ids=['finite', 'not finite'])
+@pytest.mark.parametrize('dtype', LOW, ids=str)
+@pytest.mark.parametrize('name', CASES)
+def test_fused_kernels_on_cuda_equal_the_cpu(name: str, dtype: torch.dtype, finite: bool) -> None:
+    call = CASES[name].draw(dtype)
+    call.offset[0, 0, 0, 0] = torch.inf
+    if not finite:
+        call.offset[0, -1, -1, -1], call.input[0, 3, 1, 2], call.input[1, 5, 7, 9] = torch.nan, torch.nan, torch.inf
+    expected = call.map(torch.Tensor.float)(deform_conv2d)
+    actual = call.map(torch.Tensor.cuda)(deform_conv2d).cpu().float()
+    # The samples and the output are rounded; the error of a sum of rounded samples stays within some deviations.
+    eps, deviation = torch.finfo(dtype).eps, expected[expected.isfinite()].std().item()
+    torch.testing.assert_close(actual, expected, rtol=eps, atol=4 * eps * deviation, equal_nan=True)
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('dtype', LOW, ids=str)
+@pytest.mark.parametrize('name', CASES)
+def test_these_calls_run_fused_kernels_on_cuda(name: str, dtype: torch.dtype) -> None:
+    call = CASES[name].draw(dtype, 'cuda')
+    with torch.profiler.profile() as profile:
+        call(deform_conv2d)
+    assert any('fused' in event.name for event in profile.events())
