@@ -50,11 +50,11 @@ void for_each_number(const Tensor& images, int64_t first, int64_t count, const B
   });
 }
 
-// Whether the images are planes of adjacent positions, NCHW, of a type T that registers can transpose.
+// Whether the images are planes of adjacent positions, NCHW, of type T.
 template <typename T>
 bool are_planes(const Tensor& images) {
-  return std::is_floating_point_v<T> && images.scalar_type() == torch::headeronly::CppTypeToScalarType<T>::value &&
-         images.stride(3) == 1 && images.stride(1) != 1;
+  return images.scalar_type() == torch::headeronly::CppTypeToScalarType<T>::value && images.stride(3) == 1 &&
+         images.stride(1) != 1;
 }
 
 constexpr int64_t kPlaneRun = 64;  // positions of a plane at a time
