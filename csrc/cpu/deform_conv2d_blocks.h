@@ -165,7 +165,7 @@ std::vector<ChannelBlock<T>> channel_blocks(const ConvGeometry& g, const Channel
 template <typename T, typename Body>
 void for_each_block_weight(const ConvGeometry& g, const std::vector<ChannelBlock<T>>& blocks, const Tensor& weight,
                            const Body& body) {
-  const int64_t channel_stride = weight.stride(g.is_depthwise() ? 0 : 1), y_stride = weight.stride(2),
+  const int64_t channel_stride = weight_channel_stride(g, weight), y_stride = weight.stride(2),
                 x_stride = weight.stride(3);
   torch::stable::parallel_for(0, blocks.size(), kThreadWork / weight.numel() + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

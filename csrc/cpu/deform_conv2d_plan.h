@@ -38,6 +38,11 @@ inline std::vector<GroupChannels> split_by_weights(const ConvGeometry& g, const 
   return split_by_groups(channels, g.group_in_channels());
 }
 
+// The stride of the channels that share a weight matrix, in `weight` or its gradient.
+inline int64_t weight_channel_stride(const ConvGeometry& g, const Tensor& weight) {
+  return weight.stride(g.is_depthwise() ? 0 : 1);
+}
+
 template <typename T>
 struct PlannedSample {
   BilinearCell<T> cell;

@@ -103,7 +103,7 @@ class GroupWeights {
   template <typename scalar_t>
   void pack_outputs(const Tensor& weight, const Part& part, int64_t first, int64_t last) const {
     const int64_t in_group = part.channels.begin % g_.group_in_channels(), size = part.channels.size();
-    const int64_t out_stride = weight.stride(0), channel_stride = weight.stride(g_.is_depthwise() ? 0 : 1);
+    const int64_t out_stride = weight.stride(0), channel_stride = weight_channel_stride(g_, weight);
     const scalar_t* weights = data<const scalar_t>(weight) +
                               (part.channels.group * g_.group_out_channels() + first) * out_stride +
                               in_group * channel_stride;
