@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of a few scenes, and what lies in their folders."""
+"""Datasets of a few scenes, and what lies in their folders."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both generated data sets promise. The wheels with their sources are downloaded once, then kept in the cache."""
+"""What both generated datasets promise. The wheels with their sources are downloaded once, then kept in the cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stem(module: ModuleType) -> str:
 
 @pytest.fixture(scope='session', params=list(SMALL), ids=lambda module: stem(module))
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
-    """A converter, and the folder of a small data set that it made."""
+    """A converter, and the folder of a small dataset that it made."""
     out = tmp_path_factory.mktemp('data') / stem(request.param)
     assert request.param.main(['--out-dir', str(out), *SMALL[request.param]]) == 0
     return request.param, out

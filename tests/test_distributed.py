@@ -65,7 +65,7 @@ optim_wrapper = dict(type='DeepSpeedOptimWrapper')
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with a data set and the configs."""
+    """A working folder with a dataset and the configs."""
     folder = tmp_path_factory.mktemp('distributed')
     data = folder / 'data/mnist_scenes'
     # 5 test images: one process has more of them than the other.

@@ -40,7 +40,7 @@ OPTIONS = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder to work in, with a data set of a few scenes."""
+    """A folder to work in, with a dataset of a few scenes."""
     arguments = ['--out-dir', tmp_path / 'data/mnist_scenes', '--num-train', 4, '--num-test', 2, '--size', 96]
     assert mnist_scenes.main(list(map(str, arguments))) == 0
     return tmp_path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command-line tools, run as a user runs them, on a data set of a few scenes."""
+"""The command-line tools, run as a user runs them, on a dataset of a few scenes."""
 
 import json
 import os

@@ -251,7 +251,7 @@ def _distribute_on_cpu(cfg: Config) -> None:
 
 
 def _datasets(dataset: ConfigDict | None) -> Iterator[ConfigDict]:
-    """Yield the data sets that read files, also those inside wrappers such as RepeatDataset and ConcatDataset."""
+    """Yield the datasets that read files, also those inside wrappers such as RepeatDataset and ConcatDataset."""
     if dataset is None:
         return
     inner = [dataset['dataset']] if 'dataset' in dataset else dataset.get('datasets', [])
