@@ -247,16 +247,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *geometry, allow_tf32 = ctx.settings[:6]  # without the packed weight, which the backward does not use
         settings = (*geometry, output_mask, torch.are_deterministic_algorithms_enabled(), allow_tf32)
         gradients = _convolve_backward(grad_output, input, offset, mask, weight, *settings)
-    grad_input, grad_offset, grad_mask, grad_weight = (
-        gradient if needed else None for gradient, needed in zip(gradients, output_mask, strict=True)
-    )
-    grad_bias = _grad_bias(grad_output) if needs_bias else None
     return (
-        grad_input,
-        grad_offset,
-        grad_mask,
-        grad_weight,
-        grad_bias,
+        gradients[0] if needs_input else None,
+        gradients[1] if needs_offset else None,
+        gradients[2] if needs_mask else None,
+        gradients[3] if needs_weight else None,
+        _grad_bias(grad_output) if needs_bias else None,
         None,  # stride
         None,  # padding
         None,  # dilation
@@ -270,9 +266,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 def _grad_bias(grad_output: Tensor) -> Tensor:
     # torch splits a sum with a single result among its threads, so the bits depend on the number of threads. With two
     # results, one thread computes each; so a single channel is summed twice.
-    channels = grad_output.shape[1]
-    doubled = grad_output.expand(-1, 2, -1, -1) if channels == 1 else grad_output
-    return doubled.sum((0, 2, 3))[:channels]
+    if grad_output.shape[1] == 1:
+        return grad_output.expand(-1, 2, -1, -1).sum((0, 2, 3))[:1]
+    return grad_output.sum((0, 2, 3))
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
