@@ -22,7 +22,7 @@ FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def pair(value: int | Sequence[int], name: str, minimum: int) -> Pair:
     """Return (y, x) from one integer or a pair; each must be at least `minimum` and less than 2^31."""
     y, x = value if type(value) is tuple and len(value) == 2 else (value, value)
-    if type(y) is int and type(x) is int and minimum <= min(y, x) and max(y, x) < LIMIT:
+    if type(y) is int and type(x) is int and minimum <= y < LIMIT and minimum <= x < LIMIT:
         return y, x  # nearly always; what follows takes several times as long
     both = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(both) != 2 or not all(_is_integer(one) for one in both):
