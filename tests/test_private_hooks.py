@@ -57,6 +57,12 @@ def test_transforms_and_levels_of_tangents_are_told() -> None:
         assert hooks.may_have_tangents()
 
 
+def test_autocast_is_told() -> None:
+    assert not hooks.is_any_autocast_enabled()
+    with torch.autocast('cpu'):
+        assert hooks.is_any_autocast_enabled()
+
+
 class Double(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor) -> torch.Tensor:

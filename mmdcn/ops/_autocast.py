@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdcn._private_hooks import is_any_autocast_enabled
+
 
 @torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot trace this
 def _knows_autocast(device_type: str) -> bool:
@@ -20,14 +22,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if _knows_autocast(device) else nullcontext()
 
 
-def autocast(values: Sequence[Tensor | None], places: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
+def autocast(values: Sequence[Any], places: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Cast values, the input first, to autocast's type, and `places` (offsets, masks, regions) to float32."""
+    if not is_any_autocast_enabled():
+        return values, places
     device = values[0].device.type if isinstance(values[0], Tensor) else ''
     if not (device and _knows_autocast(device) and torch.is_autocast_enabled(device)):
-        return list(values), list(places)
+        return values, places
 
     def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype not in (torch.float64, dtype):
             return tensor.to(dtype)
         return tensor  # float64 keeps its type, as under torch's own rules
 
