@@ -31,6 +31,7 @@ HOOKS = {
     'torch._C._is_any_autocast_enabled': (
         'the speed of small calls: the public function wants the name of a device, and takes 3 to 8 us to read it'
     ),
+    'torch._C._any_requires_grad': 'the speed of small calls: a loop in Python takes 1 to 2 us',
     'torch._C._AutoDispatchBelowAutograd': (
         'the speed of small calls: without it, the derivative registered with torch.library adds about 0.3 ms of '
         'Python to each'
@@ -84,6 +85,11 @@ def may_have_tangents() -> bool:
 def is_any_autocast_enabled() -> bool:
     """Tell whether autocast is on for any device."""
     return torch._C._is_any_autocast_enabled()
+
+
+def any_requires_grad(*arguments: Any) -> bool:
+    """Tell whether any of the arguments is a tensor that requires a gradient."""
+    return torch._C._any_requires_grad(*arguments)
 
 
 def below_autograd() -> AbstractContextManager[Any]:

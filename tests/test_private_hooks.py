@@ -57,10 +57,12 @@ def test_transforms_and_levels_of_tangents_are_told() -> None:
         assert hooks.may_have_tangents()
 
 
-def test_autocast_is_told() -> None:
+def test_autocast_and_gradients_are_told() -> None:
     assert not hooks.is_any_autocast_enabled()
     with torch.autocast('cpu'):
         assert hooks.is_any_autocast_enabled()
+    assert hooks.any_requires_grad(None, (1, 2), torch.ones(1), torch.ones(1, requires_grad=True))
+    assert not hooks.any_requires_grad(None, (1, 2), torch.ones(1))
 
 
 class Double(torch.autograd.Function):

@@ -18,38 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmdcn._extension import check_device
-from mmdcn._private_hooks import apply_quickly, below_autograd, is_transformed, may_have_tangents
-
-
-def run(
-    operator: Callable[..., Any],
-    reference: Callable[..., Any],
-    function: type[torch.autograd.Function],
-    *arguments: Any,
-) -> Any:
-    """Run an operator in the way that suits the transform around the call: see Note [Three ways to run]."""
-    transformed = is_transformed()
-    if may_have_tangents() and (transformed or _has_tangent(arguments)):
-        return reference(*arguments)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return (function.apply if transformed else operator)(*arguments)  # type: ignore[no-untyped-call]
-    # A fake tensor may be on a device that does not exist.
-    if arguments[0].is_cuda and torch.cuda.is_initialized():
-        check_device(arguments[0].device)
-    if transformed:
-        return function.apply(*arguments)
-    if torch.is_grad_enabled() and _needs_gradient(arguments):
-        return apply_quickly(function, *arguments)
-    return _below_autograd(operator, *arguments)
-
-
-def _needs_gradient(arguments: Sequence[Any]) -> bool:
-    return any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
-
-
-def _below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
-    with below_autograd():
-        return operator(*arguments)
+from mmdcn._private_hooks import any_requires_grad, apply_quickly, below_autograd, is_transformed, may_have_tangents
 
 
 def _has_tangent(arguments: Sequence[Any]) -> bool:
@@ -59,16 +28,16 @@ def _has_tangent(arguments: Sequence[Any]) -> bool:
 
 def register(
     name: str,
-    call: Callable[..., Any],
+    reference: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     vmap: Callable[..., Any],
-) -> type[torch.autograd.Function]:
-    """Register the derivative and the vmap rule of an operator, and return the autograd function that `run` needs.
+) -> Callable[..., Any]:
+    """Register the derivative and the vmap rule of an operator, and return the function that calls it.
 
     Args:
         name: Name of the operator in `torch.ops.mmdcn`.
-        call: The function that runs the operator through `run`; under torch.func, the vmap rule calls it.
+        reference: The same function of the same arguments, in torch's operators.
         setup_context: The method of this name of the autograd function.
         backward: Likewise.
         vmap: Likewise, with an additional first argument: the function that computes all mapped calls at once.
@@ -76,13 +45,35 @@ def register(
     operator = getattr(torch.ops.mmdcn, name).default
     torch.library.register_autograd(f'mmdcn::{name}', backward, setup_context=setup_context)
     torch.library.register_vmap(f'mmdcn::{name}', partial(vmap, operator))
-    methods: dict[str, Callable[..., Any]] = {
-        'forward': partial(_below_autograd, operator),
-        'setup_context': setup_context,
-        'backward': backward,
-        'vmap': partial(vmap, call),
+
+    def forward(*arguments: Any) -> Any:
+        with below_autograd():
+            return operator(*arguments)
+
+    def call(*arguments: Any) -> Any:
+        """Run the operator in the way that suits the transform around the call: see Note [Three ways to run]."""
+        transformed = is_transformed()
+        if may_have_tangents() and (transformed or _has_tangent(arguments)):
+            return reference(*arguments)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return (autograd_function.apply if transformed else operator)(*arguments)
+        # A fake tensor may be on a device that does not exist.
+        if arguments[0].is_cuda and torch.cuda.is_initialized():
+            check_device(arguments[0].device)
+        if transformed:
+            return autograd_function.apply(*arguments)
+        if torch.is_grad_enabled() and any_requires_grad(*arguments):
+            return apply_quickly(autograd_function, *arguments)
+        return forward(*arguments)
+
+    methods: dict[str, Any] = {
+        'forward': staticmethod(forward),
+        'setup_context': staticmethod(setup_context),
+        'backward': staticmethod(backward),
+        'vmap': staticmethod(partial(vmap, call)),
     }
-    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
+    autograd_function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
+    return call
 
 
 def pull_back(

@@ -22,7 +22,7 @@ from mmdcn.ops._arguments import (
 from mmdcn.ops._autocast import autocast
 from mmdcn.ops._conv_arguments import check_arguments, conv_geometry, output_size, weight_groups
 from mmdcn.ops._fake import empty_gradient, memory_format
-from mmdcn.ops._transforms import into_batch, into_channels, pull_back, register, run, unfold
+from mmdcn.ops._transforms import into_batch, into_channels, pull_back, register, unfold
 
 _OP = 'mmdcn::deform_conv2d'
 _BACKWARD_OP = 'mmdcn::deform_conv2d_backward'
@@ -122,21 +122,6 @@ def pack_weight(
     )
     packed: Tensor = torch.ops.mmdcn.deform_conv2d_pack_weight(weight.detach(), groups)
     return packed
-
-
-def _convolve(*arguments: Any) -> Tensor:
-    """Call the operator in the way that `run` chooses."""
-    return run(torch.ops.mmdcn.deform_conv2d.default, _reference, _DeformConv2d, *arguments)
-
-
-def _convolve_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Call the operator's backward in the way that `run` chooses."""
-    return run(
-        torch.ops.mmdcn.deform_conv2d_backward.default,
-        _reference_backward,
-        _DeformConv2dBackward,
-        *arguments,
-    )
 
 
 def _reference(
@@ -318,7 +303,7 @@ def _vmap_backward(
     return gradients, dims
 
 
-_DeformConv2d = register('deform_conv2d', _convolve, _setup_context, _backward, _vmap)
-_DeformConv2dBackward = register(
-    'deform_conv2d_backward', _convolve_backward, _setup_context, _double_backward, _vmap_backward
+_convolve = register('deform_conv2d', _reference, _setup_context, _backward, _vmap)
+_convolve_backward = register(
+    'deform_conv2d_backward', _reference_backward, _setup_context, _double_backward, _vmap_backward
 )

@@ -22,7 +22,7 @@ from mmdcn.ops._arguments import (
 )
 from mmdcn.ops._autocast import autocast
 from mmdcn.ops._fake import empty_gradient, memory_format
-from mmdcn.ops._transforms import into_batch, pull_back, register, run, unfold
+from mmdcn.ops._transforms import into_batch, pull_back, register, unfold
 
 _OP = 'mmdcn::deform_roi_pool'
 _BACKWARD_OP = 'mmdcn::deform_roi_pool_backward'
@@ -90,16 +90,6 @@ def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair) -> No
         check_floating(offset, 'offset', 4, '[N, 2, ph, pw]')
         check_shape(offset, 'offset', '[N, 2, ph, pw]', rois.shape[0], 2, *size)
         check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
-
-
-def _pool(*arguments: Any) -> Tensor:
-    """Call the operator in the way that `run` chooses."""
-    return run(torch.ops.mmdcn.deform_roi_pool, reference.deform_roi_pool, _DeformRoIPool, *arguments)
-
-
-def _pool_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Call the operator's backward in the way that `run` chooses."""
-    return run(torch.ops.mmdcn.deform_roi_pool_backward, _reference_backward, _DeformRoIPoolBackward, *arguments)
 
 
 def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -223,7 +213,7 @@ def _vmap_backward(
     return tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True)), dims
 
 
-_DeformRoIPool = register('deform_roi_pool', _pool, _setup_context, _backward, _vmap)
-_DeformRoIPoolBackward = register(
-    'deform_roi_pool_backward', _pool_backward, _setup_backward_context, _double_backward, _vmap_backward
+_pool = register('deform_roi_pool', reference.deform_roi_pool, _setup_context, _backward, _vmap)
+_pool_backward = register(
+    'deform_roi_pool_backward', _reference_backward, _setup_backward_context, _double_backward, _vmap_backward
 )
