@@ -31,6 +31,9 @@ HOOKS = {
     'torch._C._is_any_autocast_enabled': (
         'the speed of small calls: the public function wants the name of a device, and takes 3 to 8 us to read it'
     ),
+    'torch._C._get_fp32_precision_getter': (
+        'the speed of small calls on CUDA: torch.backends.cudnn.conv.fp32_precision takes 3 to 5 us'
+    ),
     'torch._C._any_requires_grad': 'the speed of small calls: a loop in Python takes 1 to 2 us',
     'torch._C._AutoDispatchBelowAutograd': (
         'the speed of small calls: without it, the derivative registered with torch.library adds about 0.3 ms of '
@@ -85,6 +88,11 @@ def may_have_tangents() -> bool:
 def is_any_autocast_enabled() -> bool:
     """Tell whether autocast is on for any device."""
     return torch._C._is_any_autocast_enabled()
+
+
+def convolution_precision() -> str:
+    """Return the value of torch.backends.cudnn.conv.fp32_precision."""
+    return torch._C._get_fp32_precision_getter('cuda', 'conv')
 
 
 def any_requires_grad(*arguments: Any) -> bool:

@@ -57,12 +57,15 @@ def test_transforms_and_levels_of_tangents_are_told() -> None:
         assert hooks.may_have_tangents()
 
 
-def test_autocast_and_gradients_are_told() -> None:
+def test_autocast_gradients_and_precision_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hooks.is_any_autocast_enabled()
     with torch.autocast('cpu'):
         assert hooks.is_any_autocast_enabled()
     assert hooks.any_requires_grad(None, (1, 2), torch.ones(1), torch.ones(1, requires_grad=True))
     assert not hooks.any_requires_grad(None, (1, 2), torch.ones(1))
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', allowed)
+        assert (hooks.convolution_precision() == 'tf32') == allowed
 
 
 class Double(torch.autograd.Function):

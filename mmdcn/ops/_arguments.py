@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from mmdcn._private_hooks import convolution_precision
+
 Parameters = ParamSpec('Parameters')
 
 Pair = tuple[int, int]  # (y, x)
@@ -122,7 +124,7 @@ def single_if_low(input: Tensor) -> list[torch.dtype]:
 
 @torch.compiler.assume_constant_result  # torch.compile of torch 2.10 cannot trace this
 def _cudnn_allows_tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == 'tf32'  # type: ignore[attr-defined]
+    return convolution_precision() == 'tf32'
 
 
 def allow_tf32(input: Tensor) -> bool:
