@@ -179,6 +179,17 @@ def test_only_the_gradients_that_are_needed_are_computed(needed: list[str], devi
         assert not backward
 
 
+def test_the_bias_may_change_in_place_before_the_backward(device: str) -> None:
+    """As with torch's convolution, whose gradients do not depend on it either."""
+    call = CASES['everything at once'].draw(device=device)
+    bias = call.bias.requires_grad_()
+    output = call(deform_conv2d)
+    with torch.no_grad():
+        bias.zero_()
+    output.backward(torch.ones_like(output))
+    torch.testing.assert_close(bias.grad, bias.new_full(bias.shape, output[:, 0].numel()))
+
+
 # Determinism
 
 

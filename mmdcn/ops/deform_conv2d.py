@@ -220,11 +220,16 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:4])  # without the bias, which may change before the backward
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.settings = inputs[5:]
     ctx.save_for_backward(*inputs[:5])
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, mask, weight, _bias = ctx.saved_tensors
+    input, offset, mask, weight = ctx.saved_tensors
     needs_input, needs_offset, needs_mask, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     output_mask = (needs_input, needs_offset, needs_mask, needs_weight)
     gradients: tuple[Tensor | None, ...] = (None, None, None, None)
@@ -305,5 +310,5 @@ def _vmap_backward(
 
 _convolve = register('deform_conv2d', _reference, _setup_context, _backward, _vmap)
 _convolve_backward = register(
-    'deform_conv2d_backward', _reference_backward, _setup_context, _double_backward, _vmap_backward
+    'deform_conv2d_backward', _reference_backward, _setup_backward_context, _double_backward, _vmap_backward
 )
