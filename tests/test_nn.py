@@ -12,6 +12,7 @@ import torch
 
 import mmdcn
 from mmdcn import modules, nn
+from mmdcn.nn._predictors import conv2d_with_padded_channels
 
 CONVOLUTIONS = ['DeformConv2d', 'DeformConv2dPack', 'ModulatedDeformConv2d', 'ModulatedDeformConv2dPack']
 POOLINGS = ['DeformRoIPool', 'DeformRoIPoolPack', 'ModulatedDeformRoIPoolPack']
@@ -157,3 +158,19 @@ def test_a_bad_argument_of_a_layer_is_named(message: str) -> None:
 def test_a_repr_tells_the_arguments_and_the_parts() -> None:
     text = repr(mmdcn.DCNv2(4, 6, 3, deform_groups=2, bias=False))
     assert 'deform_groups=2, bias=False' in text and 'conv_offset' in text
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('channels', [27, 16])
+def test_padded_channels_change_neither_outputs_nor_gradients(channels: int, bias: bool) -> None:
+    """On CUDA, the channels that predict offsets and masks are padded for the tensor cores."""
+    plain = torch.nn.Conv2d(5, channels, (3, 2), (2, 1), (1, 0), (1, 2), bias=bias, dtype=torch.float64)
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *plain.parameters()]
+    geometry = (plain.stride, plain.padding, plain.dilation)
+    actual, expected = conv2d_with_padded_channels(x, plain.weight, plain.bias, *geometry), plain(x)
+    torch.testing.assert_close(actual, expected)
+    grad_output = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(output, leaves, grad_output) for output in (actual, expected))
+    for pair in zip(*gradients, strict=True):
+        torch.testing.assert_close(*pair)
