@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from gpu_check_site import find_site, unpack_peers
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / 'benchmarks'
-STEPS = ('tests', 'sanitize', 'bench', 'resnet')
+STEPS = ('tests', 'sanitize', 'bench', 'resnet', 'kernels')  # those that run by default
 TOOLS = ('memcheck', 'racecheck', 'synccheck', 'initcheck')
-DEFORMOPS_PARTS = 4  # processes that compile the configurations of a shape
+DEFORMOPS_PARTS = 5  # processes that compile the configurations of a shape
 RESERVE = 12  # seconds for the page and the charts
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 5
@@ -303,16 +304,6 @@ def sanitizer_errors(log: str) -> tuple[list[str], list[str]]:
     return ours, others
 
 
-def deformops_steps(limit: float) -> list[Step]:
-    """Compile deformops' kernels while the tests run, so that the benchmark does not spend a minute on it."""
-    command = python(BENCHMARKS / 'check_deformops.py')
-    return [
-        Step(f'deformops {stage} {part}', [*command, str(i), '--part', str(part), str(DEFORMOPS_PARTS)], limit)
-        for i, stage in enumerate(('c3', 'c4', 'c5'))
-        for part in range(DEFORMOPS_PARTS)
-    ]
-
-
 def bench(check: Check, operator: str, groups: list[str], limit: float) -> None:
     """Measure the groups in one process; if a group ends it, continue with the next group in a new process."""
     end = time.monotonic() + limit
@@ -325,9 +316,55 @@ def bench(check: Check, operator: str, groups: list[str], limit: float) -> None:
         groups = [group for group in groups if not list(check.results.glob(f'{operator}-{group}-*.png'))][1:]
 
 
+def run_tests(check: Check) -> None:
+    steps, args = [], check.args
+    if 'tests' in args.steps:
+        steps.append(test_step(check.work, 110))
+    sanitizers = sanitizer_steps(check.work, 110, args.sanitize) if 'sanitize' in args.steps else []
+    check.run(*steps, *sanitizers)
+    for step in sanitizers:
+        read_sanitizer(step, check.work / f'{step.name}.log')
+
+
+def run_benchmarks(check: Check) -> None:
+    steps = check.args.steps
+    if 'bench' in steps:
+        bench(check, 'deform_conv2d', ['bf16', 'fp16', 'batch-1', 'stages'], 80)
+        bench(check, 'deform_roi_pool', ['levels', 'fp16'], 25)
+    if 'resnet' in steps:
+        check.run(Step('resnet', python(BENCHMARKS / 'resnet.py', '--out', check.results), 40))
+    if 'kernels' in steps:
+        step = Step('kernels', python(BENCHMARKS / 'kernel_times.py'), 30)
+        step.quiet = lambda line: line.startswith('USDT:')  # of torch's profiler
+        check.run(step)
+    if 'bench' in steps:
+        bench(check, 'deform_conv2d', ['variants'], 30)
+
+
+def run_deformops(check: Check) -> None:
+    """Compile deformops' kernels in many processes, since the benchmark would compile them one by one; then measure."""
+    command = python(BENCHMARKS / 'check_deformops.py')
+    parts = product(enumerate(('c3', 'c4', 'c5')), range(DEFORMOPS_PARTS))
+    check.run(
+        *(
+            Step(f'deformops {stage} {part}', [*command, f'{i}', '--part', f'{part}', f'{DEFORMOPS_PARTS}'], 400)
+            for (i, stage), part in parts
+        )
+    )
+    for tuned in check.triton_cache.rglob('*.autotune.json'):
+        tuned.unlink()  # tuned while other processes ran; the compiled kernels are kept
+    bench(check, 'deform_conv2d', ['deformops'], 90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS, help='the steps to run')
+    parser.add_argument(
+        '--steps',
+        nargs='+',
+        choices=(*STEPS, 'deformops'),
+        default=STEPS,
+        help='the steps to run; deformops takes minutes to compile',
+    )
     parser.add_argument(
         '--site', type=Path, help='folder with mmdcn and its CUDA library; by default the wheel in dist'
     )
@@ -343,6 +380,8 @@ def main() -> None:
         help='tests for the sanitizers, an expression for pytest -k',
     )
     args = parser.parse_args()
+    if 'deformops' in args.steps and not (args.peers and args.peers.is_dir()):
+        parser.error(f'deformops needs --peers, a folder with its wheel, got {args.peers}')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))  # also ends the steps, see Check.run
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
@@ -351,29 +390,10 @@ def main() -> None:
     shutil.copy(ROOT / 'pyproject.toml', check.work)
 
     check.run(Step('probe', python('-c', PROBE), 60, cwd=check.work))
-    side_by_side = []
-    if 'tests' in args.steps:
-        side_by_side.append(test_step(check.work, 110))
-    sanitizers = sanitizer_steps(check.work, 110, args.sanitize) if 'sanitize' in args.steps else []
-    with_deformops = 'bench' in args.steps and bool(check.peers)
-    peers = deformops_steps(110) if with_deformops else []
-    if 'bench' in args.steps and not peers:
-        say(f'deformops is not measured: there is no folder {args.peers}')
-    check.run(*side_by_side, *sanitizers, *peers)
-    for step in sanitizers:
-        read_sanitizer(step, check.work / f'{step.name}.log')
-    for tuned in check.triton_cache.rglob('*.autotune.json'):
-        tuned.unlink()  # tuned while other processes ran; the compiled kernels are kept
-
-    if 'bench' in args.steps:
-        bench(check, 'deform_conv2d', ['bf16', 'fp16', 'batch-1', 'stages'], 80)
-        bench(check, 'deform_roi_pool', ['levels', 'fp16'], 25)
-    if 'resnet' in args.steps:
-        check.run(Step('resnet', python(BENCHMARKS / 'resnet.py', '--out', check.results), 40))
-    if with_deformops:
-        bench(check, 'deform_conv2d', ['deformops'], 50)
-    if 'bench' in args.steps:
-        bench(check, 'deform_conv2d', ['variants'], 30)
+    run_tests(check)
+    run_benchmarks(check)
+    if 'deformops' in args.steps:
+        run_deformops(check)
     record = check.write()
     print(summary(record), flush=True)
     combined_charts(record, check.out)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / 'benchmarks'
 sys.path.append(str(BENCHMARKS))  # last: its modules have everyday names
-gpu_check, gpu_check_page, kernels = map(importlib.import_module, ('gpu_check', 'gpu_check_page', 'kernels'))
+MODULES = ('gpu_check', 'gpu_check_page', 'kernel_times', 'kernels')
+gpu_check, gpu_check_page, kernel_times, kernels = map(importlib.import_module, MODULES)
 
 MEASURED = json.loads((BENCHMARKS / 'results/gpu-check-ca94760.json').read_text())
 
@@ -196,6 +198,16 @@ def test_the_inner_loop_is_found_and_counted_by_class() -> None:
 def test_an_instruction_has_its_class(name: str, kind: str, width: str) -> None:
     instruction = kernels.Instruction(0, None, name, '')
     assert (instruction.kind, instruction.width) == (kind, width)
+
+
+def test_the_times_of_kernels_are_those_of_one_call() -> None:
+    numbers = torch.ones(1000)
+    times = kernel_times.kernel_times(lambda: numbers.exp(), 'cpu', 3)
+    assert 0 < times['aten::exp'] < 1e5
+    table = kernel_times.table({'c3': {'one': 2.0}, 'c4': {'one': 1.0, 'other': 5.5}})
+    assert [line.split('|')[1:4] for line in table.replace(' ', '').splitlines()[2:]] == [
+        ['other', '0.0', '5.5'], ['one', '2.0', '1.0'], ['all', '2.0', '6.5']
+    ]  # fmt: skip
 
 
 # By hand: a warp of 65 to 72 registers takes 2304, a quarter of a multiprocessor holds 16384 / 2304 = 7.
