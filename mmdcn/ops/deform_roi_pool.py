@@ -71,10 +71,14 @@ def deform_roi_pool(
             because a check would wait for the device.
     """
     (input,), (rois, offset) = autocast((input,), (rois, offset))
-    size = pair(output_size, 'output_size', 1)
-    _check(input, rois, offset, size)
-    ratio = count(sampling_ratio, 'sampling_ratio')
-    return _pool(input, rois, offset, size, float(spatial_scale), ratio, float(gamma), aligned)
+    size, ratio = pair(output_size, 'output_size', 1), count(sampling_ratio, 'sampling_ratio')
+    if torch.compiler.is_compiling():
+        _check(input, rois, offset, size)
+    try:
+        return _pool(input, rois, offset, size, float(spatial_scale), ratio, float(gamma), aligned)
+    except Exception:
+        _check(input, rois, offset, size)  # rejects what the operator rejects, and says why
+        raise
 
 
 def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair) -> None:
