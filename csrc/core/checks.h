@@ -5,12 +5,13 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "readable_errors.h"
 
 namespace mmdcn {
 
@@ -26,14 +27,13 @@ std::string to_string(const Sizes& sizes) {
 }
 
 inline void check_rank(const torch::stable::Tensor& tensor, const char* name, int64_t rank) {
-  STD_TORCH_CHECK(tensor.dim() == rank, name, " must have ", rank, " dimensions, got shape ",
-                  to_string(tensor.sizes()));
+  MMDCN_CHECK(tensor.dim() == rank, name, " must have ", rank, " dimensions, got shape ", to_string(tensor.sizes()));
 }
 
 inline void check_shape(const torch::stable::Tensor& tensor, const char* name, const std::vector<int64_t>& expected) {
   const auto sizes = tensor.sizes();
   const bool same = std::vector<int64_t>(sizes.begin(), sizes.end()) == expected;
-  STD_TORCH_CHECK(same, name, " must have shape ", to_string(expected), ", got ", to_string(sizes));
+  MMDCN_CHECK(same, name, " must have shape ", to_string(expected), ", got ", to_string(sizes));
 }
 
 inline void check_floating(const torch::stable::Tensor& tensor, const char* name) {
@@ -41,12 +41,12 @@ inline void check_floating(const torch::stable::Tensor& tensor, const char* name
   const ScalarType type = tensor.scalar_type();
   const bool floating = type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
                         type == ScalarType::BFloat16;
-  STD_TORCH_CHECK(floating, name, " must be float64, float32, float16 or bfloat16, got ", toString(type));
+  MMDCN_CHECK(floating, name, " must be float64, float32, float16 or bfloat16, got ", toString(type));
 }
 
 inline void check_same_type(const torch::stable::Tensor& tensor, const char* name, torch::headeronly::ScalarType type) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", toString(type), ", got ",
-                  toString(tensor.scalar_type()));
+  MMDCN_CHECK(tensor.scalar_type() == type, name, " must be ", toString(type), ", got ",
+              toString(tensor.scalar_type()));
 }
 
 // Coordinates have the image's type, or float32, since narrower types cannot count many pixels.
@@ -61,13 +61,13 @@ inline void check_place_type(const torch::stable::Tensor& tensor, const char* na
 // Keeps sums and products of these values within 64 bits.
 inline void check_below_2_31(const std::vector<int64_t>& values, const char* name) {
   for (const int64_t value : values) {
-    STD_TORCH_CHECK(value <= INT32_MAX, name, " must be less than 2^31, got ", to_string(values));
+    MMDCN_CHECK(value <= INT32_MAX, name, " must be less than 2^31, got ", to_string(values));
   }
 }
 
 inline void check_same_device(const torch::stable::Tensor& tensor, const char* name,
                               const torch::stable::Tensor& input) {
-  STD_TORCH_CHECK(tensor.device() == input.device(), name, " must be on the device of input");
+  MMDCN_CHECK(tensor.device() == input.device(), name, " must be on the device of input");
 }
 
 }  // namespace mmdcn

@@ -3,10 +3,11 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
+
+#include "readable_errors.h"
 
 namespace mmdcn {
 
@@ -51,7 +52,7 @@ void dispatch_storage(ScalarType type, const char* name, const Body& body) {
     case ScalarType::BFloat16:
       return body(torch::headeronly::BFloat16{});
     default:
-      STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16, got ", toString(type));
+      MMDCN_CHECK(false, name, " must be float64, float32, float16 or bfloat16, got ", toString(type));
   }
 }
 

@@ -2,13 +2,28 @@
 #pragma once
 
 #include <exception>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
 // The text of the last error of a torch function on this thread. Null before torch 2.13, which introduced it.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
+// Throws an error if the condition is false; the other arguments make up its message. The message of STD_TORCH_CHECK
+// begins with a path of the machine that built it.
+#define MMDCN_CHECK(condition, ...)               \
+  do {                                            \
+    if (!(condition)) ::mmdcn::fail(__VA_ARGS__); \
+  } while (false)
+
 namespace mmdcn {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 // Calls body and adds torch's own message to its errors. Through the ABI of torch 2.10, a torch function that fails,
 // for example out of memory, reports only where it was called.

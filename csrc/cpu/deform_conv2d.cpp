@@ -60,9 +60,9 @@ ScalarType multiply_type(ScalarType storage, const ConvGeometry& g) {
 ConvGeometry weight_geometry(const Tensor& weight, int64_t groups) {
   check_rank(weight, "weight", 4);
   check_floating(weight, "weight");
-  STD_TORCH_CHECK(groups > 0 && weight.numel() > 0 && weight.size(0) % groups == 0,
-                  "weight must not be empty, and groups must divide C_out, got ", to_string(weight.sizes()), " and ",
-                  groups);
+  MMDCN_CHECK(groups > 0 && weight.numel() > 0 && weight.size(0) % groups == 0,
+              "weight must not be empty, and groups must divide C_out, got ", to_string(weight.sizes()), " and ",
+              groups);
   ConvGeometry g{};
   g.in_channels = weight.size(1) * groups, g.out_channels = weight.size(0), g.groups = groups;
   g.kernel_height = weight.size(2), g.kernel_width = weight.size(3);
@@ -86,7 +86,7 @@ void check_packed_weight(const Tensor& packed, const ConvGeometry& g, const Tens
   check_shape(packed, "packed_weight", {GroupWeights<T>::elements(g, {0, g.in_channels})});
   check_same_type(packed, "packed_weight", compute_type(input.scalar_type()));
   check_same_device(packed, "packed_weight", input);
-  STD_TORCH_CHECK(packed.is_contiguous(), "packed_weight must be contiguous");
+  MMDCN_CHECK(packed.is_contiguous(), "packed_weight must be contiguous");
 }
 
 Tensor deform_conv2d(const DeformConv2dCall& call, const std::optional<Tensor>& bias,

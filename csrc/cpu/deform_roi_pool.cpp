@@ -100,8 +100,8 @@ class Plan {
  private:
   static int64_t image_of(const RoIGeometry& g, const T* rois, int64_t roi) {
     const T image = rois[5 * roi];
-    STD_TORCH_CHECK(image >= 0 && image < static_cast<T>(g.batch), "rois[", roi,
-                    ", 0] must be the number of an image of input, from 0 to ", g.batch - 1, ", got ", image);
+    MMDCN_CHECK(image >= 0 && image < static_cast<T>(g.batch), "rois[", roi,
+                ", 0] must be the number of an image of input, from 0 to ", g.batch - 1, ", got ", image);
     return static_cast<int64_t>(image);
   }
 

@@ -194,7 +194,7 @@ void soften(std::vector<Candidate<T>>& candidates, Decay method, T threshold, T 
 std::tuple<Tensor, Tensor> soft_nms(const Tensor& boxes, const Tensor& scores, double iou_threshold, double sigma,
                                     double min_score, int64_t method, int64_t offset) {
   check_nms(boxes, scores, offset);
-  STD_TORCH_CHECK(method >= 0 && method <= 2, "method must be 0, 1 or 2, got ", method);
+  MMDCN_CHECK(method >= 0 && method <= 2, "method must be 0, 1 or 2, got ", method);
   const ScalarType type = compute_type(boxes.scalar_type());
   const Tensor corners = contiguous_as(boxes, type), given = contiguous_as(scores, type);
   Tensor dets, indices;

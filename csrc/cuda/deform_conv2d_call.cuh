@@ -52,9 +52,9 @@ struct Tiling {
     const int64_t total = images * g.positions(), tiles = ceil_div(total * columns, tile_bytes);
     const int64_t rows = kTileRows * g.out_width, unit = rows * columns <= tile_bytes ? rows : 1;
     tile_positions = tiles <= 1 ? total : std::min(ceil_div(ceil_div(total, tiles), unit) * unit, total);
-    STD_TORCH_CHECK(fits(with_batch(g, images), g.in_channels, tile_positions),
-                    "input and offset must have images of fewer than 2^31 elements, got ", g.in_channels, " x ",
-                    g.height, " x ", g.width, " and ", g.out_height, " x ", g.out_width, " output positions");
+    MMDCN_CHECK(fits(with_batch(g, images), g.in_channels, tile_positions),
+                "input and offset must have images of fewer than 2^31 elements, got ", g.in_channels, " x ", g.height,
+                " x ", g.width, " and ", g.out_height, " x ", g.out_width, " output positions");
   }
 };
 

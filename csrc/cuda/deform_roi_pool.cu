@@ -66,8 +66,8 @@ bool has_vectors(const Tensor& images) {
 
 // The kernels index bins and channels with 32 bits.
 void check_counts(const RoIGeometry& g) {
-  STD_TORCH_CHECK(g.channels <= INT32_MAX, "input must have fewer than 2^31 channels, got ", g.channels);
-  STD_TORCH_CHECK(g.rois == 0 || g.bins() <= INT32_MAX / g.rois,
+  MMDCN_CHECK(g.channels <= INT32_MAX, "input must have fewer than 2^31 channels, got ", g.channels);
+  MMDCN_CHECK(g.rois == 0 || g.bins() <= INT32_MAX / g.rois,
                   "rois and output_size must give fewer than 2^31 bins, got ", g.rois, " regions of ", g.bins());
 }
 

@@ -5,11 +5,12 @@
 
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <library_types.h>
 
 #include <cstdint>
+
+#include "../core/readable_errors.h"
 
 // Some CUDA toolkits lack the headers of cuBLAS. The library itself comes with torch.
 extern "C" int cublasGemmStridedBatchedEx(void* handle, int transpose_a, int transpose_b, int m, int n, int k,
@@ -60,8 +61,8 @@ inline void matrix_product(const Matrices& a, const Matrices& b, const Matrices&
       : is_float && allow_tf32 ? kFloatFromTf32
                                : kFloat,
       kDefaultAlgorithm);
-  STD_TORCH_CHECK(status == 0, "a product of matrices [", rows, ", ", depth, "] x [", depth, ", ", columns,
-                  "] failed with cuBLAS's status ", status);
+  MMDCN_CHECK(status == 0, "a product of matrices [", rows, ", ", depth, "] x [", depth, ", ", columns,
+              "] failed with cuBLAS's status ", status);
 }
 
 }  // namespace mmdcn

@@ -30,30 +30,29 @@ inline ConvGeometry deform_conv2d_geometry(const Tensor& input,                /
                                            int64_t offset_groups) {
   check_rank(input, "input", 4);
   check_rank(weight, "weight", 4);
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "stride, padding and dilation must have 2 elements each");
-  STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0, "stride must be positive, got ", to_string(stride));
-  STD_TORCH_CHECK(dilation[0] > 0 && dilation[1] > 0, "dilation must be positive, got ", to_string(dilation));
-  STD_TORCH_CHECK(padding[0] >= 0 && padding[1] >= 0, "padding must not be negative, got ", to_string(padding));
+  MMDCN_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+              "stride, padding and dilation must have 2 elements each");
+  MMDCN_CHECK(stride[0] > 0 && stride[1] > 0, "stride must be positive, got ", to_string(stride));
+  MMDCN_CHECK(dilation[0] > 0 && dilation[1] > 0, "dilation must be positive, got ", to_string(dilation));
+  MMDCN_CHECK(padding[0] >= 0 && padding[1] >= 0, "padding must not be negative, got ", to_string(padding));
   check_below_2_31(stride, "stride");
   check_below_2_31(padding, "padding");
   check_below_2_31(dilation, "dilation");
-  STD_TORCH_CHECK(groups > 0 && offset_groups > 0, "groups and offset_groups must be positive");
+  MMDCN_CHECK(groups > 0 && offset_groups > 0, "groups and offset_groups must be positive");
 
   ConvGeometry g{};
   g.batch = input.size(0), g.in_channels = input.size(1), g.height = input.size(2), g.width = input.size(3);
   g.out_channels = weight.size(0), g.kernel_height = weight.size(2), g.kernel_width = weight.size(3);
   g.stride_y = stride[0], g.stride_x = stride[1], g.padding_y = padding[0], g.padding_x = padding[1];
   g.dilation_y = dilation[0], g.dilation_x = dilation[1], g.groups = groups, g.offset_groups = offset_groups;
-  STD_TORCH_CHECK(g.in_channels > 0 && g.height > 0 && g.width > 0 && weight.numel() > 0,
-                  "input and weight must not be empty, got ", to_string(input.sizes()), " and ",
-                  to_string(weight.sizes()));
+  MMDCN_CHECK(g.in_channels > 0 && g.height > 0 && g.width > 0 && weight.numel() > 0,
+              "input and weight must not be empty, got ", to_string(input.sizes()), " and ", to_string(weight.sizes()));
   check_below_2_31({g.height, g.width}, "the size of an image");
   g.out_height = conv_output_size(g.height, g.kernel_height, g.stride_y, g.padding_y, g.dilation_y);
   g.out_width = conv_output_size(g.width, g.kernel_width, g.stride_x, g.padding_x, g.dilation_x);
-  STD_TORCH_CHECK(g.in_channels % groups == 0 && g.out_channels % groups == 0 && g.in_channels % offset_groups == 0,
-                  "channels must be divisible by groups and offset_groups");
-  STD_TORCH_CHECK(g.out_height > 0 && g.out_width > 0, "the output would be empty: ", g.out_height, " x ", g.out_width);
+  MMDCN_CHECK(g.in_channels % groups == 0 && g.out_channels % groups == 0 && g.in_channels % offset_groups == 0,
+              "channels must be divisible by groups and offset_groups");
+  MMDCN_CHECK(g.out_height > 0 && g.out_width > 0, "the output would be empty: ", g.out_height, " x ", g.out_width);
   check_below_2_31({g.out_height, g.out_width}, "the size of the output");
   check_shape(weight, "weight", {g.out_channels, g.group_in_channels(), g.kernel_height, g.kernel_width});
   check_shape(offset, "offset", {g.batch, 2 * offset_groups * g.taps(), g.out_height, g.out_width});
@@ -82,8 +81,8 @@ inline void check_backward(const Tensor& grad_output, const Tensor& input, const
   check_shape(grad_output, "grad_output", {g.batch, g.out_channels, g.out_height, g.out_width});
   check_same_type(grad_output, "grad_output", input.scalar_type());
   check_same_device(grad_output, "grad_output", input);
-  STD_TORCH_CHECK(output_mask.size() == 4, "output_mask must have 4 elements, got ", output_mask.size());
-  STD_TORCH_CHECK(mask || !output_mask[2], "output_mask asks for the gradient of a mask, but there is no mask");
+  MMDCN_CHECK(output_mask.size() == 4, "output_mask must have 4 elements, got ", output_mask.size());
+  MMDCN_CHECK(mask || !output_mask[2], "output_mask asks for the gradient of a mask, but there is no mask");
 }
 
 // grad_input, grad_offset, grad_mask, grad_weight; a gradient that was not requested has no elements.

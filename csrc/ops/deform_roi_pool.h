@@ -21,18 +21,18 @@ inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                
                                             int64_t sampling_ratio, double gamma, bool aligned) {
   check_rank(input, "input", 4);
   check_rank(rois, "rois", 2);
-  STD_TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
-                  "output_size must be two positive numbers, got ", to_string(output_size));
+  MMDCN_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
+              "output_size must be two positive numbers, got ", to_string(output_size));
   check_below_2_31(output_size, "output_size");
-  STD_TORCH_CHECK(sampling_ratio >= 0, "sampling_ratio must not be negative, got ", sampling_ratio);
+  MMDCN_CHECK(sampling_ratio >= 0, "sampling_ratio must not be negative, got ", sampling_ratio);
   check_below_2_31({sampling_ratio}, "sampling_ratio");
   RoIGeometry g{};
   g.batch = input.size(0), g.channels = input.size(1), g.height = input.size(2), g.width = input.size(3);
   g.rois = rois.size(0), g.out_height = output_size[0], g.out_width = output_size[1];
   g.spatial_scale = spatial_scale, g.gamma = gamma, g.sampling_ratio = sampling_ratio;
   g.aligned = aligned;
-  STD_TORCH_CHECK(g.channels > 0 && g.height > 0 && g.width > 0, "input must have channels and pixels, got ",
-                  to_string(input.sizes()));
+  MMDCN_CHECK(g.channels > 0 && g.height > 0 && g.width > 0, "input must have channels and pixels, got ",
+              to_string(input.sizes()));
   check_below_2_31({g.height, g.width}, "the size of an image");
   check_shape(rois, "rois", {g.rois, 5});
   check_floating(input, "input");
@@ -49,13 +49,12 @@ inline RoIGeometry deform_roi_pool_geometry(const Tensor& input,                
 inline void check_deform_roi_pool_backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
                                            const std::optional<Tensor>& offset, const std::vector<bool>& output_mask) {
   check_rank(grad_output, "grad_output", 4);
-  STD_TORCH_CHECK(grad_output.size(0) == rois.size(0) && grad_output.size(1) == input.size(1), "grad_output must have ",
-                  rois.size(0), " regions and ", input.size(1), " channels, got shape ",
-                  to_string(grad_output.sizes()));
+  MMDCN_CHECK(grad_output.size(0) == rois.size(0) && grad_output.size(1) == input.size(1), "grad_output must have ",
+              rois.size(0), " regions and ", input.size(1), " channels, got shape ", to_string(grad_output.sizes()));
   check_same_type(grad_output, "grad_output", input.scalar_type());
   check_same_device(grad_output, "grad_output", input);
-  STD_TORCH_CHECK(output_mask.size() == 2, "output_mask must have 2 elements, got ", output_mask.size());
-  STD_TORCH_CHECK(offset || !output_mask[1], "output_mask asks for the gradient of offsets, but there are none");
+  MMDCN_CHECK(output_mask.size() == 2, "output_mask must have 2 elements, got ", output_mask.size());
+  MMDCN_CHECK(offset || !output_mask[1], "output_mask asks for the gradient of offsets, but there are none");
 }
 
 // grad_input, grad_offset; a gradient that was not requested has no elements.

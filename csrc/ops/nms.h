@@ -15,9 +15,9 @@ inline void check_nms(const Tensor& boxes,   // [N, 4]
   check_shape(scores, "scores", {boxes.size(0)});
   check_floating(boxes, "boxes");
   check_floating(scores, "scores");
-  STD_TORCH_CHECK(scores.device() == boxes.device(), "scores must be on the device of boxes");
+  MMDCN_CHECK(scores.device() == boxes.device(), "scores must be on the device of boxes");
   check_below_2_31({boxes.size(0)}, "the number of boxes");
-  STD_TORCH_CHECK(offset == 0 || offset == 1, "offset must be 0 or 1, got ", offset);
+  MMDCN_CHECK(offset == 0 || offset == 1, "offset must be 0 or 1, got ", offset);
 }
 
 // Indices of the boxes, highest score first. torch's sort decides ties, as in mmcv.
