@@ -21,26 +21,32 @@ LAST = torch.channels_last
 LOW = {'cuda': torch.float16, 'cpu': torch.bfloat16}
 
 
-class DeformConv2dPack(nn.Module):
-    """A 3x3 DCNv2 layer with initial offsets of 0 and masks of 0.5."""
+class TorchvisionDCNv2(nn.Module):
+    """A 3x3 DCNv2 layer on torchvision's operator, with initial offsets of 0 and masks of 0.5."""
 
-    def __init__(self, conv: nn.Conv2d, operator: str) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.operator, self.stride, self.weight = operator, conv.stride, conv.weight
+        self.stride, self.weight = conv.stride, conv.weight
         self.conv_offset = nn.Conv2d(conv.in_channels, 27, 3, conv.stride, 1)
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve [B, C, H, W]; for torchvision, all tensors get the dtype that autocast gives the offsets."""
-        offset, mask = self.conv_offset(x).split([18, 9], 1)
-        mask = mask.sigmoid()
-        if self.operator == 'mmdcn':
-            return mmdcn.ops.deform_conv2d(x, offset, self.weight, None, self.stride, 1, 1, mask)
+        """Convolve [B, C, H, W]; all tensors get the dtype that autocast gives the offsets."""
         from torchvision.ops import deform_conv2d
 
-        x, weight = x.to(offset.dtype), self.weight.to(offset.dtype)
-        return deform_conv2d(x, offset, weight, None, self.stride, 1, 1, mask.to(offset.dtype))
+        offset, mask = self.conv_offset(x).split([18, 9], 1)
+        x, weight, mask = x.to(offset.dtype), self.weight.to(offset.dtype), mask.sigmoid().to(offset.dtype)
+        return deform_conv2d(x, offset, weight, None, self.stride, 1, 1, mask)
+
+
+def mmdcn_dcnv2(conv: nn.Conv2d) -> nn.Module:
+    layer = mmdcn.nn.DCNv2(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False)
+    layer.weight = conv.weight
+    return layer
+
+
+LAYERS = {'mmdcn': mmdcn_dcnv2, 'torchvision': TorchvisionDCNv2}
 
 
 def features(operator: str | None) -> nn.Module:
@@ -50,7 +56,7 @@ def features(operator: str | None) -> nn.Module:
     model = resnet50()
     if operator is not None:
         for block in (*model.layer2, *model.layer3, *model.layer4):
-            block.conv2 = DeformConv2dPack(block.conv2, operator)
+            block.conv2 = LAYERS[operator](block.conv2)
     return nn.Sequential(*list(model.children())[:-2]).train()
 
 
