@@ -39,7 +39,6 @@ __device__ __forceinline__ void add_group(const FusedForward& call, const FusedS
   const bool is_odd = warp.quad % 2 != 0;
   const uint32_t own_table = warp.table + warp.quad * 16;
   uint32_t channel = offset_group * (call.channels / call.offset_groups / 8) + warp.in_quad + (is_odd ? 4 : 0);
-  const int32_t to_other_half = is_odd ? -4 : 4;
   int32_t load_tap = 0, blend_tap = 0;  // in bytes of the table
   const int32_t group_end = ring.done + plan.group_steps;
   uint4 vectors;                      // of the row to load
@@ -53,7 +52,7 @@ __device__ __forceinline__ void add_group(const FusedForward& call, const FusedS
   };
   const auto load = [&](FusedCorners& target, int32_t vector) {
     if (vector % 2 == 0) vectors = load_shared(own_table + load_tap + vector / 2 * 128);
-    target.load(vectors, call.input, channel + (vector % 2 == 0 ? 0 : to_other_half));
+    target.load(vectors, call.input, channel + (vector % 2 == 0 ? 0 : is_odd ? -4 : 4));
   };
   const auto gather = [&](uint32_t (&a)[16]) {
 #pragma unroll

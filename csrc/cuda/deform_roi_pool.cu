@@ -68,7 +68,7 @@ bool has_vectors(const Tensor& images) {
 void check_counts(const RoIGeometry& g) {
   MMDCN_CHECK(g.channels <= INT32_MAX, "input must have fewer than 2^31 channels, got ", g.channels);
   MMDCN_CHECK(g.rois == 0 || g.bins() <= INT32_MAX / g.rois,
-                  "rois and output_size must give fewer than 2^31 bins, got ", g.rois, " regions of ", g.bins());
+              "rois and output_size must give fewer than 2^31 bins, got ", g.rois, " regions of ", g.bins());
 }
 
 Tensor deform_roi_pool(const DeformRoIPoolCall& call) {
