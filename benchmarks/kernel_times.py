@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 MODES = {'forward': forward_candidates, 'forward + backward': training_candidates}
-CANDIDATES = ('mmdcn channels_last', 'mmdcn channels_last, new kernels', 'conv2d channels_last')
+CANDIDATES = ('conv2d channels_last', 'mmdcn channels_last', 'mmdcn channels_last, new kernels')
 Times = dict[str, float]  # microseconds in a call, by kernel
 
 
@@ -44,8 +44,8 @@ def table(by_case: dict[str, Times]) -> str:
 
 
 def tables(group: str, device: str, repeats: int) -> Iterator[str]:
-    for mode, candidates in MODES.items():
-        for name in CANDIDATES:
+    for name in CANDIDATES:
+        for mode, candidates in MODES.items():
             by_case = {}
             for case in CASES[device][group]:
                 builds = candidates(case, device)
@@ -60,7 +60,7 @@ def main() -> None:
         description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument('--device', default='cuda', choices=list(CASES))
-    parser.add_argument('--group', default='bf16', help='a group of shapes of the benchmark')
+    parser.add_argument('--group', default='new', help='a group of shapes of the benchmark')
     parser.add_argument('--repeats', type=int, default=10, help='the number of calls')
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True  # as in the benchmark
