@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument('--group', default='new', help='a group of shapes of the benchmark')
     parser.add_argument('--repeats', type=int, default=10, help='the number of calls')
     args = parser.parse_args()
+    if args.group not in CASES[args.device]:
+        parser.error(f'--group must be one of {", ".join(CASES[args.device])}, got {args.group}')
     torch.backends.cudnn.benchmark = True  # as in the benchmark
     for text in tables(args.group, args.device, args.repeats):
         print(text, flush=True)
