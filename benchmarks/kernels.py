@@ -44,7 +44,7 @@ LAUNCH_SHARED = {  # dynamic shared memory in bytes by kernel: Form::shared_byte
     r'\bWgmma<.*, 1, 64, 4, 3, 0>': 51520,
     r'\bWgmma<.*, 2, 256, 3, 1, 0>': 135728,
     r'\bWgmma<.*, 3, 128, 5, 1, 0>': 138064,
-    r'\bWgmma<.*, 1, 64, 4, 3, 2048>': 59712,
+    r'\bWgmma<.*, 1, 64, 3, 3, 2048>': 51504,
     r'\bWgmma<.*, 2, 256, 3, 1, 2048>': 152112,
     r'\bWgmma<.*, 3, 128, 5, 1, 2048>': 162640,
 }

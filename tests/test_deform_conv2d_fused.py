@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 # One for each number of output channels of a block, with enough positions for the multiprocessors of an H100.
 CASES = {
     '64 channels': Case((128, 64), (81, 83), (3, 2), (1, 1), (1, 2), (2, 1), offset_groups=2),
+    'one step': Case((64, 64), (71, 72), (1, 1)),
     '128 channels': Case((64, 128), (107, 90), (3, 3), padding=(1, 1)),
     '256 channels': Case((64, 256), (141, 155), (1, 3), (2, 1), (0, 1), mask=False, bias=False),
 }

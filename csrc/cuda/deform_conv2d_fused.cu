@@ -282,11 +282,6 @@ FusedShape mma_shape(const FusedForward& call, int32_t device) {
 // For compute capability 9.0: the form that ran on a GPU, at commit ca94760, and one that has not yet run there.
 constexpr FusedForm kTested = FusedForm::kWgmma, kNew = FusedForm::kWgmmaBlend;
 
-FusedForm hopper_form() {
-  const char* const kernels = std::getenv("MMDCN_CUDA_KERNELS");
-  return kernels && std::string_view(kernels) == "new" ? kNew : kTested;
-}
-
 FusedShape fused_shape(const FusedForward& call, FusedForm form, int32_t device) {
   switch (form) {
     case FusedForm::kWgmma:
@@ -296,6 +291,15 @@ FusedShape fused_shape(const FusedForward& call, FusedForm form, int32_t device)
     default:
       return mma_shape(call, device);
   }
+}
+
+bool fits(const FusedForward& call, FusedForm form, int32_t device) {
+  return fused_shape(call, form, device).shared_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+FusedForm hopper_form(const FusedForward& call, int32_t device) {
+  const char* const kernels = std::getenv("MMDCN_CUDA_KERNELS");
+  return kernels && std::string_view(kernels) == "new" && fits(call, kNew, device) ? kNew : kTested;
 }
 
 // With fewer blocks too many multiprocessors are idle, and columns are faster.
@@ -311,10 +315,9 @@ FusedForm fused_form(const FusedForward& call, int32_t device) {
   if (call.channels / call.offset_groups % kChunk != 0 || call.out_channels % 64 != 0) return FusedForm::kNone;
   const int capability =
       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const FusedForm form = capability == 90 ? hopper_form() : FusedForm::kMma;
-  const FusedShape shape = fused_shape(call, form, device);
-  const bool fits = shape.shared_bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return fits && occupies(call, shape, device) ? form : FusedForm::kNone;
+  const FusedForm form = capability == 90 ? hopper_form(call, device) : FusedForm::kMma;
+  const bool runs = fits(call, form, device) && occupies(call, fused_shape(call, form, device), device);
+  return runs ? form : FusedForm::kNone;
 }
 
 void run_fused(const FusedForward& call, FusedForm form, bool is_half, int32_t device) {

@@ -116,11 +116,12 @@ __device__ __forceinline__ const char* vector_at(const void* base, uint32_t vect
 struct FusedCorners {
   uint4 values[4];
 
+  template <uint4 (*kLoad)(const void*) = load_global>
   __device__ __forceinline__ void load(uint4 vectors, const void* base, uint32_t channel = 0) {
-    values[0] = load_global(vector_at(base, vectors.x + channel));
-    values[1] = load_global(vector_at(base, vectors.y + channel));
-    values[2] = load_global(vector_at(base, vectors.z + channel));
-    values[3] = load_global(vector_at(base, vectors.w + channel));
+    values[0] = kLoad(vector_at(base, vectors.x + channel));
+    values[1] = kLoad(vector_at(base, vectors.y + channel));
+    values[2] = kLoad(vector_at(base, vectors.z + channel));
+    values[3] = kLoad(vector_at(base, vectors.w + channel));
   }
 
   // Blends the two channels of one of the four words.

@@ -50,16 +50,21 @@ __device__ __forceinline__ uint32_t split(float weight) {
   return Two::of(first, weight - first);
 }
 
-// How __byte_perm makes a lane's word of the right operand from the first number of its position's weight.
-__device__ __forceinline__ uint32_t byte_order(int32_t quad, int32_t in_quad) {
-  return quad / 2 != in_quad ? 0x4444 : quad % 2 == 0 ? 0x4410 : 0x1044;
-}
-constexpr uint32_t kOfSecond = 0x2222;  // what is added to it for the second number
+// How select_bytes makes a lane's word of the right operand from the weight of its position: from the first number, and
+// from the second.
+struct ByteOrders {
+  uint32_t values[2];
+
+  __device__ __forceinline__ static ByteOrders of(int32_t quad, int32_t in_quad) {
+    const uint32_t first = quad / 2 != in_quad ? 0x4444 : quad % 2 == 0 ? 0x4410 : 0x1044;
+    return {opaque(first), opaque(first + 0x2222)};
+  }
+};
 
 // The four words of a vector.
 template <typename scalar_t>
 __device__ __forceinline__ uint4 blend_on_tensor_cores(const FusedCorners& corners, const uint4& weights,
-                                                       uint32_t byte_order) {
+                                                       const ByteOrders& orders) {
   using Two = Pair<scalar_t>;
   float first[4] = {}, last[4] = {};  // of two words each
   const uint32_t of_corner[4] = {weights.x, weights.y, weights.z, weights.w};
@@ -67,8 +72,8 @@ __device__ __forceinline__ uint4 blend_on_tensor_cores(const FusedCorners& corne
   for (int32_t i = 0; i < 4; ++i) {
     const uint4& corner = corners.values[i];
 #pragma unroll
-    for (uint32_t order : {byte_order, byte_order + kOfSecond}) {
-      const uint32_t weight = __byte_perm(of_corner[i], 0, order);
+    for (const uint32_t order : orders.values) {
+      const uint32_t weight = select_bytes(of_corner[i], order);
       Two::multiply(first, corner.x, corner.y, weight);
       Two::multiply(last, corner.z, corner.w, weight);
     }
@@ -81,9 +86,9 @@ __device__ __forceinline__ uint4 blend_on_tensor_cores(const FusedCorners& corne
 template <typename Form>
 __device__ __forceinline__ void start_step(Ring<Form>& ring, typename Form::Sums& sum, uint32_t (&operand)[4][4],
                                            uint32_t fragments) {
-  wait_for_products();  // of the step before
+  ring.wait_for_weights();  // a branch, across which ptxas does not move loads
+  wait_for_products();      // of the step before
   if (ring.done > 0) ring.release();
-  ring.wait_for_weights();
   __syncwarp();
 #pragma unroll
   for (int32_t i = 0; i < 4; ++i) {
@@ -102,7 +107,7 @@ __device__ __forceinline__ void add_group(const FusedForward& call, const FusedS
   uint32_t operand[4][4];
   FusedCorners corners[kAhead];
   const Part<Form> part = Part<Form>::of(warp);
-  const uint32_t order = opaque(byte_order(warp.quad, warp.in_quad));
+  const ByteOrders orders = ByteOrders::of(warp.quad, warp.in_quad);
   const char* input = vector_at(call.input, part.first_channel(call, offset_group));
   int32_t load_tap = 0, blend_tap = 0;  // in bytes of the table
   const int32_t group_end = ring.done + plan.group_steps;
@@ -113,7 +118,9 @@ __device__ __forceinline__ void add_group(const FusedForward& call, const FusedS
     load_tap = 0;
     input += kRowBytes;
   };
-  const auto load = [&](int32_t i) { corners[i % kAhead].load(load_shared(part.entry(load_tap, i)), input); };
+  const auto load = [&](int32_t i) {
+    corners[i % kAhead].load<load_global_in_order>(load_shared(part.entry(load_tap, i)), input);
+  };
 #pragma unroll
   for (int32_t i = 0; i < kAhead; ++i) {
     load(i);
@@ -123,9 +130,10 @@ __device__ __forceinline__ void add_group(const FusedForward& call, const FusedS
     for (int32_t i = 0; i < 4; ++i) {
       const uint4 weights = load_shared(part.entry(blend_tap, i) + Form::kWeights);
       store_shared(part.target_of(i),
-                   blend_on_tensor_cores<typename Form::scalar_t>(corners[i % kAhead], weights, order));
+                   blend_on_tensor_cores<typename Form::scalar_t>(corners[i % kAhead], weights, orders));
       if (i + kAhead == 4) advance_loads();
       load((i + kAhead) % 4);
+      if (i == 2) __syncwarp();  // no loads sink below it
     }
     blend_tap += Form::kTapBytes;
     if (blend_tap == plan.table_end) blend_tap = 0;
@@ -180,11 +188,13 @@ __device__ __forceinline__ bool compute_tiles(const FusedForward& call, const Fu
 
     if (ring.done % plan.steps != 0) continue;
     write_result(call, warp, sum, ring.column_tile * Form::kColumns);
+    float zeros[4] = {zero};  // so that additions do not wait for each other
 #pragma unroll
-    for (float& number : sum) {
-      zero = fmaf(number, 0.0f, zero);
-      number = 0;
+    for (int32_t i = 0; i < Form::kColumns / 2; ++i) {
+      zeros[i % 4] = fmaf(sum[i], 0.0f, zeros[i % 4]);
+      sum[i] = 0;
     }
+    zero = zeros[0] + zeros[1] + (zeros[2] + zeros[3]);
   }
   return zero == 0;
 }

@@ -208,7 +208,8 @@ template <typename scalar_t, int kOperandBytes, typename Body>
 auto with_wgmma_form(const FusedForward& call, const Body& body) {
   if (call.out_channels % 256 == 0) return body(Wgmma<scalar_t, 2, 256, 3, 1, kOperandBytes>{});
   if (call.out_channels % 128 == 0) return body(Wgmma<scalar_t, 3, 128, 5, 1, kOperandBytes>{});
-  return body(Wgmma<scalar_t, 1, 64, 4, 3, kOperandBytes>{});
+  constexpr int kStages = kOperandBytes > 0 ? 3 : 4;  // three blocks then leave as much of the L1 cache to the input
+  return body(Wgmma<scalar_t, 1, 64, kStages, 3, kOperandBytes>{});
 }
 
 template <int kOperandBytes>

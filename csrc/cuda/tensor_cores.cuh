@@ -24,6 +24,13 @@ __device__ __forceinline__ uint4 load_global(const void* pointer) {
   return v;
 }
 
+// The same for a load that must not come later: ptxas moves loads of read-only data across __syncwarp and all waits.
+__device__ __forceinline__ uint4 load_global_in_order(const void* pointer) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer));
+  return v;
+}
+
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
@@ -58,6 +65,13 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
 
 // Keeps the compiler from moving the computation of a value across the surrounding instructions.
 __device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
+
+// Four bytes of word (0 to 3) and of zero (4 to 7), one for each hexadecimal digit of `order`, the last digit first.
+__device__ __forceinline__ uint32_t select_bytes(uint32_t word, uint32_t order) {
+  uint32_t selected;  // __byte_perm would mask the order
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(selected) : "r"(word), "r"(order));
+  return selected;
+}
 
 // Packs two values of a half type into a word, the first in the low half.
 template <typename scalar_t>

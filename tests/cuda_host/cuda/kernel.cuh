@@ -54,7 +54,7 @@ struct KernelBlock {
   Fibers* fibers;
   unsigned char* shared;
   int32_t shared_bytes;
-  bool late;  // whether what is asynchronous is done as late as it may, or at once
+  bool late_copies, late_products;  // whether they are done as late as they may, or at once
   std::vector<Unfinished> unfinished;
   std::map<uint32_t, Barrier> barriers = {};  // by address
   bool vote = false;                          // of __syncthreads_or
@@ -98,15 +98,6 @@ inline bool __syncthreads_or(bool vote) {
 }
 
 inline void __syncwarp() { kernel_block.exchange("__syncwarp", true); }
-inline uint32_t __byte_perm(uint32_t first, uint32_t second, uint32_t order) {
-  const uint64_t bytes = uint64_t{second} << 32 | first;
-  uint32_t word = 0;
-  for (uint32_t i = 0; i < 4; ++i) {
-    word |= static_cast<uint32_t>(bytes >> (order >> 4 * i & 7) * 8 & 0xff) << 8 * i;
-  }
-  return word;
-}
-
 inline float __ldg(const float* source) { return *source; }
 
 inline unsigned char* dynamic_shared() { return kernel_block.shared; }
@@ -126,7 +117,12 @@ void launch_kernel(void (*kernel)(Arguments...), int64_t blocks, int32_t threads
       [&](uint32_t block, Fibers& fibers) {
         std::memset(shared, 0xff, shared_bytes);
         blockIdx.x = block;
-        kernel_block = {&fibers, shared, shared_bytes, host_seed() / 2 % 2 == 0, std::vector<Unfinished>(threads)};
+        kernel_block = {&fibers,
+                        shared,
+                        shared_bytes,
+                        host_seed() / 2 % 2 == 0,
+                        host_seed() / 4 % 2 == 0,
+                        std::vector<Unfinished>(threads)};
       },
       [&](uint32_t, const Threads&) { kernel(arguments...); });
 }

@@ -31,6 +31,7 @@ V load_shared_as(uint32_t address) {
 }
 
 inline uint4 load_global(const void* pointer) { return load(static_cast<const uint4*>(pointer)); }
+inline uint4 load_global_in_order(const void* pointer) { return load_global(pointer); }
 inline uint4 load_shared(uint32_t address) { return load_shared_as<uint4>(address); }
 inline float4 load_shared_float4(uint32_t address) { return load_shared_as<float4>(address); }
 inline int32_t load_shared_int(uint32_t address) { return load_shared_as<int32_t>(address); }
@@ -42,9 +43,18 @@ void store_shared(uint32_t address, V value) {
 
 inline void pin(uint32_t&) {}
 
+inline uint32_t select_bytes(uint32_t word, uint32_t order) {
+  uint32_t selected = 0;
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t byte = order >> 4 * i & 7;
+    if (byte < 4) selected |= (word >> 8 * byte & 0xff) << 8 * i;
+  }
+  return selected;
+}
+
 // Does it now or leaves it for later.
-inline void begin(std::vector<std::function<void()>>& later, std::function<void()> work) {
-  if (kernel_block.late) {
+inline void begin(bool is_late, std::vector<std::function<void()>>& later, std::function<void()> work) {
+  if (is_late) {
     later.push_back(std::move(work));
   } else {
     work();
@@ -111,7 +121,7 @@ template <int kBytes>
 void copy_async(uint32_t target, const void* source) {
   check_alignment(source, kBytes);
   unsigned char* const to = shared_at(target, kBytes, kBytes);
-  begin(kernel_block.of_thread().copies.back(), [=] { std::memcpy(to, source, kBytes); });
+  begin(kernel_block.late_copies, kernel_block.of_thread().copies.back(), [=] { std::memcpy(to, source, kBytes); });
 }
 
 inline void commit_copies() { kernel_block.of_thread().copies.emplace_back(); }
@@ -161,7 +171,7 @@ inline void copy_bulk(uint32_t target, const void* source, int32_t bytes, uint32
   check_alignment(source, 16);
   unsigned char* const to = shared_at(target, bytes, 16);
   Barrier& counting = kernel_block.barriers.at(barrier);
-  begin(counting.copies, [=, &counting] {
+  begin(kernel_block.late_copies, counting.copies, [=, &counting] {
     std::memcpy(to, source, bytes);
     complete(counting, 0, bytes);
   });
@@ -210,7 +220,7 @@ void multiply(float (&sum)[kColumns / 2], const uint32_t* a, uint64_t descriptor
   Unfinished& own = kernel_block.of_thread();
   if (!own.fenced) throw std::logic_error("products read registers that were written without a fence");
   check_descriptor(descriptor);
-  begin(own.products, [&sum, a, descriptor] {
+  begin(kernel_block.late_products, own.products, [&sum, a, descriptor] {
     const auto lanes = kernel_block.exchange("wgmma", Fragments{{a[0], a[1], a[2], a[3]}});
     for (uint32_t i = 0; i < kColumns / 2; ++i) {
       for (uint32_t k = 0; k < 16; ++k) {
