@@ -12,6 +12,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers as unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -42,6 +43,9 @@ HOOKS = {
     'torch._C._FunctionBase.apply': (
         'the speed of small calls: Function.apply first binds the arguments to the signature, which takes longer than '
         'everything else'
+    ),
+    'torch._functorch.utils.unwrap_dead_wrappers': (
+        'derivatives of what torch.func.vjp returns: its tensors outlive the transform, and their graph would be lost'
     ),
     'torch.utils._pytree.tree_leaves': 'SamplingRecorder for models that take their images in lists or dicts',
     'torch.utils._pytree.tree_map': 'AmpOptimWrapper on a CPU, which casts tensors in lists',

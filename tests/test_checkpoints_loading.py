@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmdcn.checkpoints import accept_version1_keys
 from mmdcn.engine.launch import build_runner
 from mmdcn.models import ResNet
+from mmdcn.nn import DCNv2
 
 
 def version1_state(model: nn.Module, prefix: str = '') -> dict[str, Tensor]:
@@ -155,3 +156,10 @@ def test_mmcvs_own_layer_loses_keys_of_version_1(version1: tuple) -> None:
     lost = resnet(MMDetResNet, 'DCNv2').load_state_dict(version1[1], strict=False)
     assert sum(key.endswith('conv2.conv_offset.weight') for key in lost.missing_keys) == 13
     assert sum(key.endswith('conv2_offset.weight') for key in lost.unexpected_keys) == 13
+
+
+def test_offsets_that_are_loaded_under_another_name_are_not_reported(log: pytest.LogCaptureFixture) -> None:
+    layer = randomize(nn.ModuleDict({'conv2': DCNv2(4, 6, 3)}))
+    nn.utils.parametrizations.weight_norm(layer['conv2'].conv_offset)
+    layer.load_state_dict(layer.state_dict())
+    assert 'NOT loaded' not in log.text

@@ -354,3 +354,15 @@ def test_jvp_of_vmap_and_vmap_of_jvp_agree(names: list[str], device: str) -> Non
         ones = {name: torch.ones_like(tensor) for name, tensor in single.tensors().items()}
         expected = jvp(lambda v, single=single: replace(single, **v)(deform_conv2d), (single.tensors(),), (ones,))[1]
         torch.testing.assert_close(one, expected)
+
+
+def test_what_torch_func_vjp_returns_can_be_differentiated_again(device: str) -> None:
+    """Its tensors outlive the transform."""
+    call = CASES['everything at once'].draw(device=device)
+    weight = call.weight.requires_grad_()
+    grad_output = draw_grad_output(call)
+    _, pull_back = vjp(lambda input: replace(call, input=input)(deform_conv2d), call.input)
+    actual = torch.autograd.grad(pull_back(grad_output)[0].square().sum(), weight)[0]
+    input = call.input.requires_grad_()
+    slope = torch.autograd.grad(call(deform_conv2d), input, grad_output, create_graph=True)[0]
+    torch.testing.assert_close(actual, torch.autograd.grad(slope.square().sum(), weight)[0])

@@ -331,3 +331,19 @@ def test_a_bad_call_under_autocast_is_a_value_error_too(changes: dict[str, Any],
         except ValueError:
             return
     assert 'type' in message
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'offset': zeros(1, 24, 4, 6)}, 'offset must have shape'),
+        ({'mask': zeros(3, 12, 6, 4)}, 'mask must have shape'),
+        ({'bias': zeros(1)}, 'bias must have shape'),
+        ({'bias': zeros(10, dtype=DOUBLE)}, 'bias must be of type'),
+    ],
+)
+def test_forward_mode_refuses_what_the_reference_would_broadcast(changes: dict[str, Any], message: str) -> None:
+    arguments = make_arguments(changes)
+    input = arguments.pop('input')
+    with pytest.raises(ValueError, match=f'^{message}'):
+        torch.func.jvp(lambda input: deform_conv2d(input, **arguments), (input,), (input,))

@@ -120,3 +120,17 @@ def test_any_number_of_regions_runs_in_one_graph(device: str) -> None:
         actual = gradients(compiled, call, grad_output)
         for name, expected in gradients(deform_roi_pool, call, grad_output).items():
             torch.testing.assert_close(actual[name], expected)
+
+
+@pytest.mark.parametrize('number', [-1, 2])
+def test_vmap_takes_no_region_from_the_images_of_another_call(number: int) -> None:
+    images, rois = torch.randn(2, 2, 3, 7, 8), torch.tensor([[[0.0, 1, 1, 6, 6]], [[1.0, 1, 1, 6, 6]]])
+    rois[1 if number < 0 else 0, 0, 0] = number
+    with pytest.raises(RuntimeError, match='must be the number of an image'):
+        vmap(lambda image, regions: deform_roi_pool(image, regions, None, 2))(images, rois)
+
+
+def test_forward_mode_refuses_what_the_operator_refuses() -> None:
+    image, rois = torch.randn(2, 3, 7, 8), torch.zeros(1, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r'^rois must be of type'):
+        torch.func.jvp(lambda image: deform_roi_pool(image, rois, None, 2), (image,), (image,))

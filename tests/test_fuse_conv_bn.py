@@ -272,3 +272,12 @@ def test_mmcv_fuses_wrong_pairs(make: Callable, x: Any) -> None:
 def test_mmcv_leaves_the_norms_of_deformable_layers() -> None:
     backbone = ResNet(18, base_channels=4, dcn=dict(type='DCNv2'), stage_with_dcn=(False, True, True, True))
     assert count_norms(mmcv.cnn.fuse_conv_bn(backbone)) == 6, MENDED
+
+
+@pytest.mark.parametrize('part', [0, 1])
+def test_a_normalization_with_hooks_in_between_is_not_fused(part: int) -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))).eval()
+    model[part].register_forward_hook(lambda module, args, output: output * output + 1)
+    x = torch.randn(2, 4, 8, 7)
+    expected = model(x)
+    assert torch.equal(fuse_conv_bn(model)(x), expected)

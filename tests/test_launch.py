@@ -29,6 +29,17 @@ def test_a_kill_while_the_last_checkpoint_is_noted_loses_none(tmp_path: Path) ->
         assert note.read_text() == after
 
 
+def test_an_empty_last_checkpoint_is_mended_for_any_file_name(tmp_path: Path) -> None:
+    note = tmp_path / 'last_checkpoint'
+    note.touch()
+    with pytest.raises(LaunchError, match='is empty, and no checkpoint is beside it'):
+        mend_last_checkpoint(tmp_path)
+    for name in ('model_3.pth', 'best_bbox_mAP.pth'):
+        (tmp_path / name).touch()
+    mend_last_checkpoint(tmp_path)
+    assert note.read_text() == str(tmp_path / 'model_3.pth')
+
+
 def settings(*given: str) -> dict:
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_arguments(parser)

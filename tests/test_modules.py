@@ -14,7 +14,7 @@ from mmcv.cnn import build_conv_layer
 from mmdet.models.backbones import ResNet
 from mmengine.optim import build_optim_wrapper
 
-from mmdcn import modules, ops, reference
+from mmdcn import convert_model, modules, ops, reference
 
 LAYERS = {
     'DCN': (modules.DeformConv2dPack, mmcv.ops.DeformConv2dPack),
@@ -175,3 +175,20 @@ def test_an_image_without_a_batch_is_refused_by_name(name: str) -> None:
     layer = build_conv_layer(dict(type=f'mmdcn.{name}'), 4, 6, 3, padding=1)
     with pytest.raises(ValueError, match=r'^input must have 4 dimensions \[B, C_in, H, W\], got shape \[4, 9, 8\]'):
         layer(torch.zeros(4, 9, 8))
+
+
+@pytest.mark.parametrize('name', ['DeformConv2dPack', 'ModulatedDeformConv2dPack'])
+def test_any_module_may_predict_the_offsets(name: str) -> None:
+    layer = getattr(mmcv.ops, name)(4, 6, 3, padding=1)
+    channels = layer.conv_offset.out_channels
+    layer.conv_offset = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.Conv2d(8, channels, 1))
+    x = torch.randn(2, 4, 7, 8)
+    expected = layer(x)
+    torch.testing.assert_close(convert_model(layer)(x), expected)
+
+
+def test_a_predictor_without_a_bias_can_be_reset() -> None:
+    layer = mmcv.ops.ModulatedDeformConv2dPack(4, 6, 3)
+    layer.conv_offset = torch.nn.Conv2d(4, 27, 3, bias=False)
+    convert_model(layer).init_weights()
+    assert not layer.conv_offset.weight.any()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm
 
 import mmdcn
@@ -267,3 +268,32 @@ def test_exported_and_compiled_programs_do_not_contain_the_packed_weight(layer: 
     torch.testing.assert_close(program.module()(x), expected)
     torch.testing.assert_close(torch.compile(layer, backend='aot_eager', fullgraph=True)(x), expected)
     torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
+
+
+def test_replaced_weight_data_is_not_taken_for_the_packed_weight(layer: mmdcn.nn.DCNv2, x: Tensor) -> None:
+    mmdcn.prepack(layer)
+    with torch.no_grad():
+        for _ in range(4):  # the second would have the address of the first, if that were freed
+            layer.weight.data = 2 * layer.weight.data
+            assert torch.equal(layer(x), unpacked(layer, x))
+
+
+def test_training_with_a_fused_optimizer_discards_the_packed_weight(layer: mmdcn.nn.DCNv2, x: Tensor) -> None:
+    """It changes the weight without counting a version."""
+    mmdcn.prepack(layer)(x).square().sum().backward()
+    torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+    with torch.no_grad():
+        assert torch.equal(layer(x), unpacked(layer, x))
+
+
+def test_a_weight_that_is_no_plain_parameter_is_not_packed() -> None:
+    with FakeTensorMode():
+        layer = mmdcn.prepack(mmdcn.nn.DCNv2(4, 6, 3).eval())
+    assert not is_packed(layer)
+
+
+def test_a_packed_weight_on_another_device_is_refused() -> None:
+    x, offset, weight = draw_call(1, 5, 3)
+    packed = pack_weight(weight).to('meta')
+    with pytest.raises(ValueError, match='packed_weight must be on the device of input, cpu, got meta'):
+        deform_conv2d(x, offset, weight, padding=1, packed_weight=packed)

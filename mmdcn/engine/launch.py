@@ -217,7 +217,9 @@ def mend_last_checkpoint(work_dir: Path) -> None:
     """
     note = work_dir / 'last_checkpoint'
     if note.exists() and not note.read_text():
-        checkpoints = [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')]
+        checkpoints = [path for path in work_dir.glob('*.pth') if not path.name.startswith('best_')]
+        if not checkpoints:
+            raise LaunchError(f'{note} is empty, and no checkpoint is beside it: delete it to train from the start')
         with replacing(note) as beside:
             beside.write_text(str(max(checkpoints, key=lambda path: path.stat().st_mtime)))
 

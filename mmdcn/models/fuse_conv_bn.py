@@ -136,4 +136,5 @@ def _can_fuse(conv: nn.Module, norm: nn.Module) -> bool:
         and isinstance(conv.weight, nn.Parameter)  # else a hook computes it
         and type(norm).forward in _NORMS
         and norm.running_mean is not None
+        and not (conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks)
     )

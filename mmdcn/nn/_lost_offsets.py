@@ -16,8 +16,11 @@ def report_lost_offsets(state_dict: dict[str, Tensor], prefix: str, unexpected_k
         unexpected_keys: The keys that the modules above the layer did not use.
     """
     layer = prefix[:-1]
-    unused = [key for key in (*unexpected_keys, *state_dict) if key.startswith(layer) and 'offset' in key[len(layer) :]]
-    if unused and f'{prefix}conv_offset.weight' not in state_dict:
+    beside = (f'{layer}.', f'{layer}_') if layer else ''  # conv1's keys, not conv10's
+    keys = (*unexpected_keys, *state_dict)
+    unused = [key for key in keys if key.startswith(beside) and 'offset' in key[len(layer) :]]
+    # The weight itself may have another name, as with weight normalization.
+    if unused and not any(key.startswith(f'{prefix}conv_offset.') for key in state_dict):
         _warn(
             f'The offsets of {layer or "the layer"} are NOT loaded: the checkpoint has {", ".join(unused)} instead of '
             f'{prefix}conv_offset.*; call mmdcn.checkpoints.accept_version1_keys(model) before loading, or convert '

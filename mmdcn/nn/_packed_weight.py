@@ -15,17 +15,18 @@ class PackedWeight:
     """The packed values of a weight, and what tells whether the weight has changed since."""
 
     weight: Tensor
+    storage: Tensor  # keeps the address from being used again while `weight.data` is another tensor
     state: tuple[int, int | None]
     values: Tensor
 
     @staticmethod
     def of(weight: Tensor, groups: int) -> Optional['PackedWeight']:
         """Pack a weight; return None if that would not help, or if a later change could not be told."""
-        if not isinstance(weight, nn.Parameter) or weight.device.type != 'cpu':
+        if type(weight) is not nn.Parameter or weight.device.type != 'cpu':  # a DTensor, for example, has no address
             return None
         if weight.dtype not in (torch.float32, torch.float64):
             return None
-        return PackedWeight(weight, _state(weight), pack_weight(weight, groups))
+        return PackedWeight(weight, weight.detach(), _state(weight), pack_weight(weight, groups))
 
     def values_of(self, weight: Tensor) -> Tensor | None:
         """Return the packed values if they are those of this weight.

@@ -7,6 +7,7 @@ model: by class name (`init_cfg=dict(layer='Conv2d')`) or for all modules (`over
 loop over `modules()` or `parameters()`. A layer can neither prevent nor undo this, since no container of torch passes
 `init_weights` on to it. Therefore a predictor hides from every search for modules while a function of the name
 `init_weights` runs, whatever class it belongs to. Access by name, `layer.conv_offset`, and checkpoints work as usual.
+What else such a function does to all parameters, such as to freeze them, does not reach a predictor either.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ class Predictor(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the parameters to zero."""
-        for parameter in self._parameters.values():
-            nn.init.zeros_(parameter)  # type: ignore[arg-type]
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Yield the layer with its name, or nothing during an initialization."""

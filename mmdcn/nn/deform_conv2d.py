@@ -111,14 +111,19 @@ class _DeformConv(OneNode, nn.Module):
 
     def _predict(self, x: Tensor) -> Tensor:
         """Predict offsets outside autocast: half precision cannot resolve positions in a wide image."""
+        weight = getattr(self.conv_offset, 'weight', None)
+        if weight is None:  # another module than a convolution
+            weight = next(self.conv_offset.parameters(), x)
         with without_autocast(x):
-            predicted: Tensor = self.conv_offset(x.to(self.conv_offset.weight.dtype))
+            predicted: Tensor = self.conv_offset(x.to(weight.dtype))
         return predicted
 
     def _convolve(
         self, x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation)
+        if self._packed_weight is not None and weight.requires_grad and torch.is_grad_enabled():
+            self._packed_weight = None  # a fused optimizer changes the weight without counting a version
         packed_weight = None if self._packed_weight is None else self._packed_weight.values_of(weight)
         return deform_conv2d(x, offset, weight, bias, *geometry, mask, packed_weight=packed_weight)
 
@@ -295,9 +300,11 @@ def prepack(model: nn.Module) -> nn.Module:
     the memory of a second weight. Layers in another type or on another device stay as they are, and so do layers whose
     weight is computed (weight standardization, spectral norm).
 
-    A layer discards its packed weight when it is trained (`train()`), loaded (`load_state_dict`), moved or converted
-    (`to`), copied or pickled. It does not use it after any other change of its weight, except one that torch itself
-    cannot see: a write through `weight.data` or `weight.numpy()`. Call `prepack` again after a change.
+    A layer discards its packed weight when it is trained (`train()`, or a call that records the weight's gradient),
+    loaded (`load_state_dict`), moved or converted (`to`), copied or pickled; so call it within `torch.no_grad()`. It
+    does not use the packed weight after any other change of its weight, except one that torch itself cannot see: a
+    write through `weight.data`, `weight.numpy()` or DLPack, or into a weight that was made in inference mode. Call
+    `prepack` again after a change.
 
     Args:
         model: A detector, or any module, in eval mode. It is changed in place.

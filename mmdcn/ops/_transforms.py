@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmdcn._extension import check_device
-from mmdcn._private_hooks import any_requires_grad, apply_quickly, below_autograd, is_transformed, may_have_tangents
+from mmdcn._private_hooks import (
+    any_requires_grad,
+    apply_quickly,
+    below_autograd,
+    is_transformed,
+    may_have_tangents,
+    unwrap_dead_wrappers,
+)
 
 
 def _has_tangent(arguments: Sequence[Any]) -> bool:
@@ -62,8 +69,11 @@ def register(
             check_device(arguments[0].device)
         if transformed:
             return autograd_function.apply(*arguments)
-        if torch.is_grad_enabled() and any_requires_grad(*arguments):
-            return apply_quickly(autograd_function, *arguments)
+        if torch.is_grad_enabled():
+            # A tensor may outlive its transform, as in the function that torch.func.vjp returns. Its own graph is dead.
+            arguments = unwrap_dead_wrappers(arguments)
+            if any_requires_grad(*arguments):
+                return apply_quickly(autograd_function, *arguments)
         return forward(*arguments)
 
     methods: dict[str, Any] = {

@@ -138,6 +138,7 @@ def _reference(
     allow_tf32: bool,
     packed_weight: Tensor | None = None,
 ) -> Tensor:
+    check_arguments(input, offset, weight, bias, stride, padding, dilation, mask)  # the reference broadcasts
     return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
 
@@ -164,6 +165,8 @@ def _fake(
     packed_weight: Tensor | None = None,
 ) -> Tensor:
     shape = _output_shape(input, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups)
+    if packed_weight is not None:
+        check_like(packed_weight, 'packed_weight', input, packed_weight.dtype)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 

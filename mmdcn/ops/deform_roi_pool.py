@@ -96,6 +96,11 @@ def _check(input: Tensor, rois: Tensor, offset: Tensor | None, size: Pair) -> No
         check_like(offset, 'offset', input, input.dtype, *single_if_low(input))
 
 
+def _reference(input: Tensor, rois: Tensor, offset: Tensor | None, output_size: Pair, *settings: Any) -> Tensor:
+    _check(input, rois, offset, output_size)
+    return reference.deform_roi_pool(input, rois, offset, output_size, *settings)
+
+
 def _reference_backward(*arguments: Any) -> tuple[Tensor, ...]:
     output_mask, _deterministic, aligned = arguments[7:]
     gradients: Any = reference.deform_roi_pool_backward(*(*arguments[:7], aligned))
@@ -187,7 +192,10 @@ def _numbered(size: int, dim: int | None, rois: Tensor, images: int) -> Tensor: 
     rois = rois.to(torch.promote_types(rois.dtype, torch.float32))  # narrower types cannot represent large indices
     stacked = rois.expand(size, *rois.shape) if dim is None else rois.movedim(dim, 0)
     first = torch.arange(size, dtype=rois.dtype, device=rois.device) * images
-    return torch.cat([stacked[..., :1] + first[:, None, None], stacked[..., 1:]], dim=2).flatten(0, 1)
+    image = stacked[..., :1]
+    is_own = (image > -1) & (image < images)  # else the region would lie in an image of another call
+    image = torch.where(is_own, image + first[:, None, None], -1)
+    return torch.cat([image, stacked[..., 1:]], dim=2).flatten(0, 1)
 
 
 def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
@@ -196,7 +204,8 @@ def _vmap(pool: Callable[..., Tensor], info: Any, in_dims: Sequence[Any], *argum
     input, rois, offset, *settings = arguments
     shared = in_dims[0] is None
     images = input if shared else input.movedim(in_dims[0], 0).flatten(0, 1)
-    regions = _numbered(size, in_dims[1], rois, 0 if shared else len(images) // size)
+    images_of_call = len(images) // size
+    regions = into_batch(size, in_dims[1], rois) if shared else _numbered(size, in_dims[1], rois, images_of_call)
     return unfold(size, 0, pool(images, regions, into_batch(size, in_dims[2], offset), *settings)), 0
 
 
@@ -217,7 +226,7 @@ def _vmap_backward(
     return tuple(grad if d is None else unfold(size, d, grad) for grad, d in zip(gradients, dims, strict=True)), dims
 
 
-_pool = register('deform_roi_pool', reference.deform_roi_pool, _setup_context, _backward, _vmap)
+_pool = register('deform_roi_pool', _reference, _setup_context, _backward, _vmap)
 _pool_backward = register(
     'deform_roi_pool_backward', _reference_backward, _setup_backward_context, _double_backward, _vmap_backward
 )
