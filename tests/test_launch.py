@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdcn.checkpoints.zoo import ZooError
 from mmdcn.datasets import ImageError
-from mmdcn.engine.launch import LaunchError, add_arguments, explained, mend_last_checkpoint
+from mmdcn.engine.launch import LaunchError, add_arguments, explained, mend_last_checkpoint, read_config
 from mmdcn.engine.launch import run as run_tool
 
 
@@ -23,10 +24,18 @@ def test_a_kill_while_the_last_checkpoint_is_noted_loses_none(tmp_path: Path) ->
     for second, name in enumerate(('epoch_9.pth', 'epoch_10.pth', 'best_epoch_9.pth')):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (second, second))
-    for before, after in (('', f'{tmp_path}/epoch_10.pth'), ('epoch_9.pth', 'epoch_9.pth')):
+    kept = f'{tmp_path}/best_epoch_9.pth'
+    for before, after in (('', f'{tmp_path}/epoch_10.pth'), (kept, kept)):
         note.write_text(before)
         mend_last_checkpoint(tmp_path)
         assert note.read_text() == after
+
+
+def test_a_work_folder_that_was_moved_can_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / 'epoch_2.pth').touch()
+    (tmp_path / 'last_checkpoint').write_text(f'{tmp_path}/before/epoch_2.pth')
+    mend_last_checkpoint(tmp_path)
+    assert (tmp_path / 'last_checkpoint').read_text() == f'{tmp_path}/epoch_2.pth'
 
 
 def test_an_empty_last_checkpoint_is_mended_for_any_file_name(tmp_path: Path) -> None:
@@ -73,11 +82,45 @@ def test_a_setting_without_a_value_is_named() -> None:
 
 
 def test_an_error_that_no_user_can_put_right_keeps_its_traceback() -> None:
-    def full() -> None:
-        raise OSError(28, 'No space left on device', 'epoch_1.pth')
+    def defective() -> None:
+        raise OSError(5, 'Input/output error', 'epoch_1.pth')
 
-    with pytest.raises(OSError, match='No space left on device'):
-        run_tool(full)
+    with pytest.raises(OSError, match='Input/output error'):
+        run_tool(defective)
+
+
+def test_a_file_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert run_tool(lambda: tmp_path.write_text('')) == 1
+    assert capsys.readouterr().err == f'error: {tmp_path} cannot be written: Is a directory. Name another place\n'
+
+
+@pytest.mark.parametrize('content', [b'', b'text', b'PK\x03\x04'])
+def test_a_damaged_checkpoint_is_one_line(content: bytes, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / 'x.pth').write_bytes(content)
+    assert run_tool(lambda: torch.load(tmp_path / 'x.pth', weights_only=True)) == 1
+    assert capsys.readouterr().err.startswith('error: the checkpoint named above is incomplete')
+
+
+def test_a_tool_that_is_stopped_says_so(capsys: pytest.CaptureFixture) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    assert run_tool(stopped) == 130
+    assert capsys.readouterr().err == 'stopped\n'
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ("_base_ = 'none.py'", 'cannot be read: .*none.py'),
+        ('model = (', 'cannot be read: '),
+        ('x = 1', 'must have a model, got x'),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / 'config.py').write_text(text)
+    with pytest.raises(LaunchError, match=f'^config .*config.py {message}'):
+        read_config(tmp_path / 'config.py')
 
 
 @pytest.mark.parametrize('error', [LaunchError, ZooError, ImageError])

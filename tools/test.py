@@ -5,7 +5,6 @@ import argparse
 import os
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 # While other programs run, a spinning thread can occupy the core that the thread it waits for needs. torch reads the
 # spin count when it is imported. See docs/performance.md, "Beside other programs".
@@ -19,16 +18,16 @@ from mmengine.dist import get_rank
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from mmdcn import zoo
 from mmdcn.engine.launch import (
-    LaunchError,
     add_arguments,
     build_runner,
     explained,
     load_config,
     run,
 )
+from mmdcn.engine.loading import check_fits, find_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,21 +78,15 @@ def print_table(metrics: dict[str, float]) -> None:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
-    if not Path(args.checkpoint).exists() and '://' not in args.checkpoint:
-        try:
-            args.checkpoint = zoo.find(args.checkpoint).weights
-        except zoo.ZooError as error:
-            raise LaunchError(
-                f'checkpoint {args.checkpoint} does not exist, and {error}; '
-                f'`python tools/train.py {args.config}` makes one'
-            ) from error
-    cfg.load_from = args.checkpoint
+    cfg.load_from = find_checkpoint(args.checkpoint)
     if args.show or args.show_dir:
         cfg = trigger_visualization_hook(cfg, args)
     if args.tta:
         use_tta(cfg)
     with explained(cfg):
         runner = build_runner(cfg, 'test')
+        if isinstance(runner.model, nn.Module):  # a FlexibleRunner builds its model later
+            check_fits(runner.model, cfg.load_from)
         if args.out is not None:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
         metrics = runner.test()

@@ -22,6 +22,7 @@ from mmdcn.engine.launch import (
     mend_last_checkpoint,
     run,
 )
+from mmdcn.engine.loading import check_resumable
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,13 +60,15 @@ def apply_arguments(cfg: Config, args: argparse.Namespace) -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
         mend_last_checkpoint(Path(cfg.work_dir))
+        if cfg.load_from is not None and not Path(cfg.load_from).is_dir():  # DeepSpeed writes folders
+            check_resumable(cfg.load_from)
 
 
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
-    apply_arguments(cfg, args)
     with explained(cfg):
+        apply_arguments(cfg, args)
         build_runner(cfg, 'train', 'val').train()
 
 

@@ -4,14 +4,11 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from mmdet.apis import init_detector
-from mmengine.config import Config
 
 import mmdcn
 from mmdcn.deployment.packages import describe
 from mmdcn.engine.launch import LaunchError
+from mmdcn.engine.loading import load_detector
 
 
 def main(description: str | None, export: Callable[..., None], suffix: str) -> None:
@@ -23,11 +20,11 @@ def main(description: str | None, export: Callable[..., None], suffix: str) -> N
         suffix: The suffix of the file to write.
 
     Raises:
-        LaunchError: If a file is missing, or the detector cannot be exported.
+        LaunchError: If a file is missing, the checkpoint does not fit, or the detector cannot be exported.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='the config file')
-    parser.add_argument('checkpoint', help='the checkpoint file, or an mmdcn:// address of the model zoo')
+    parser.add_argument('checkpoint', help='the checkpoint file, or a name of the model zoo')
     parser.add_argument('--out', type=Path, help=f'the file to write [CONFIG{suffix}]')
     parser.add_argument(
         '--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), default=(800, 1344),
@@ -37,19 +34,10 @@ def main(description: str | None, export: Callable[..., None], suffix: str) -> N
     out = args.out or Path(Path(args.config).stem + suffix)
     if out.suffix != suffix:
         parser.error(f'--out must end with {suffix}, got {out}')
-    model, metadata = _load(args.config, args.checkpoint)
+    mmdcn.patch_mmdet()
+    model = load_detector(args.config, args.checkpoint)
     try:
-        export(model, out, metadata, size=tuple(args.size))
+        export(model, out, describe(model, model.cfg), size=tuple(args.size))
     except (NotImplementedError, ValueError) as error:
         raise LaunchError(str(error)) from error
     print(f'wrote {out}')
-
-
-def _load(config: str, checkpoint: str) -> tuple[Any, dict[str, str]]:
-    for path in (config, checkpoint):
-        if '://' not in path and not Path(path).is_file():
-            raise LaunchError(f'{path} does not exist')
-    cfg = Config.fromfile(config)
-    mmdcn.patch_mmdet()
-    model = init_detector(cfg, checkpoint, device='cpu')
-    return model, describe(model, cfg)

@@ -4,6 +4,7 @@
 import argparse
 import ast
 import difflib
+import errno
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from traceback import walk_tb
 from typing import Any
 
 import mmcv.ops
@@ -36,6 +38,7 @@ _CONVERTERS = {
     'coco_tiny': 'python tools/dataset_converters/coco_tiny.py',
     'coco': 'mim download mmdet --dataset coco2017',
 }
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EISDIR, errno.ENOTDIR)
 _ROOTS = [registry for registry in vars(root).values() if isinstance(registry, Registry)]
 
 
@@ -105,16 +108,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def read_config(path: str | Path) -> Config:
+    """Read the config of a model.
+
+    Raises:
+        LaunchError: If the file is missing or cannot be read, or has no model.
+    """
+    if not Path(path).is_file():
+        raise LaunchError(f'config {path} does not exist; `ls configs/*` lists those of mmdcn')
+    try:
+        cfg = Config.fromfile(path)
+    except (OSError, SyntaxError) as error:  # of a base, for example
+        raise LaunchError(f'config {path} cannot be read: {error}') from error
+    if 'model' not in cfg:
+        raise LaunchError(f'config {path} must have a model, got {", ".join(cfg) or "nothing"}')
+    return cfg
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config that a command line names, with its options merged in.
 
     Raises:
-        LaunchError: If the file is missing.
+        LaunchError: If the file is missing or cannot be read, or has no model.
     """
-    if not Path(args.config).is_file():
-        raise LaunchError(f'config {args.config} does not exist; `ls configs/*` lists those of mmdcn')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
@@ -156,9 +174,9 @@ def build_model(config: str | Path) -> torch.nn.Module:
     """Build the model of a config file.
 
     Raises:
-        LaunchError: If the config has an error that `explained` explains, such as an unknown type or a missing file.
+        LaunchError: If the config cannot be read, or has an error that `explained` explains, such as an unknown type.
     """
-    cfg = Config.fromfile(config)
+    cfg = read_config(config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     with explained(cfg):
         return MODELS.build(cfg.model)
@@ -211,12 +229,18 @@ def explained(cfg: Config) -> Iterator[None]:
 
 
 def mend_last_checkpoint(work_dir: Path) -> None:
-    """Restore the file `last_checkpoint` if a killed run has left it empty, since mmengine rewrites it in place.
+    """Restore the file `last_checkpoint` if a killed run has left it empty, or if its folder was moved.
 
-    mmengine writes it after the checkpoint that it names, so the newest checkpoint is complete.
+    mmengine rewrites it in place, after the checkpoint that it names; so the newest checkpoint is complete.
     """
     note = work_dir / 'last_checkpoint'
-    if note.exists() and not note.read_text():
+    if not note.exists():
+        return
+    named = Path(note.read_text())
+    if not named.exists() and (work_dir / named.name).is_file():
+        with replacing(note) as beside:
+            beside.write_text(str(work_dir / named.name))
+    elif not named.name:
         checkpoints = [path for path in work_dir.glob('*.pth') if not path.name.startswith('best_')]
         if not checkpoints:
             raise LaunchError(f'{note} is empty, and no checkpoint is beside it: delete it to train from the start')
@@ -233,9 +257,30 @@ def run(main: Callable[[], None]) -> int:
     except (LaunchError, ZooError, ImageError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+        return 130  # of a shell
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        print(f'error: {reason}', file=sys.stderr)
+        return 1
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # else its threads may abort the process at its end
     return 0
+
+
+def _reason(error: Exception) -> str | None:
+    """Return what a user can do about a file that cannot be written or a checkpoint that cannot be loaded."""
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        return f'{error.filename2 or error.filename} cannot be written: {error.strerror}. Name another place'
+    calls = {(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)}
+    if (torch.serialization.__file__, 'load') in calls:
+        return 'the checkpoint named above is incomplete, or not one of torch: copy or download it again'
+    if isinstance(error, FileNotFoundError) and str(error).endswith(' can not be found.'):  # mmengine's wording
+        return f'{str(error).removesuffix(" can not be found.")} does not exist'
+    return None
 
 
 def _use_amp_of_cpu(cfg: Config) -> None:

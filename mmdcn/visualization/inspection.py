@@ -10,37 +10,14 @@ import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import Compose
-from mmdet.apis import init_detector
 from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmdcn.checkpoints import zoo
 from mmdcn.engine.launch import LaunchError
 from mmdcn.visualization.drawing import Detection, Picture
 from mmdcn.visualization.receptive_field import effective_receptive_field
 from mmdcn.visualization.sampling_points import SampledLayer, SamplingRecorder
-
-
-def load_detector(config: str, checkpoint: str, device: str = 'cpu') -> nn.Module:
-    """Build the detector of a config with the weights of a checkpoint.
-
-    Args:
-        config: The config file.
-        checkpoint: The checkpoint file, or a name of the model zoo.
-        device: The device to run the detector on.
-
-    Raises:
-        LaunchError: If there is no such file or name.
-    """
-    if not Path(config).is_file():
-        raise LaunchError(f'config {config} does not exist; `ls configs/*` lists those of mmdcn')
-    if not Path(checkpoint).is_file():
-        try:
-            checkpoint = zoo.find(checkpoint).weights
-        except zoo.ZooError as error:
-            raise LaunchError(f'checkpoint {checkpoint} does not exist, and {error}') from error
-    return init_detector(config, checkpoint, device=device)
 
 
 @dataclass
@@ -80,7 +57,7 @@ def inspect(model: Any, path: str | Path, score: float = 0.3) -> Inspection:
     """Run a detector on an image, and record where its deformable layers sample.
 
     Args:
-        model: The detector, as `load_detector` returns it.
+        model: The detector, as `mmdcn.engine.loading.load_detector` returns it.
         path: The image file.
         score: The minimum score of a detection.
 

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from mmdcn.engine.launch import run
+from mmdcn.engine.loading import load_detector
 from mmdcn.utils.files import replacing
 from mmdcn.visualization.explorer import explorer_page
-from mmdcn.visualization.inspection import inspect, load_detector
+from mmdcn.visualization.inspection import inspect
 
 
 def parse_args() -> argparse.Namespace:

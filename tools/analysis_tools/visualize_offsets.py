@@ -22,9 +22,10 @@ if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
 from matplotlib.figure import Figure
 
 from mmdcn.engine.launch import LaunchError, run
+from mmdcn.engine.loading import load_detector
 from mmdcn.utils.files import replacing
 from mmdcn.visualization.drawing import draw_detections, field_figure, maps_figure, new_figure, points_figure
-from mmdcn.visualization.inspection import Inspection, inspect, load_detector
+from mmdcn.visualization.inspection import Inspection, inspect
 
 VIEWS = ('detections', 'points', 'maps', 'receptive_field')
 

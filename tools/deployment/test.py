@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from mmengine.structures import InstanceData
@@ -13,6 +14,7 @@ from torch import nn
 
 from mmdcn import deployment
 from mmdcn.engine.launch import LaunchError, add_arguments, build_runner, explained, load_config, run
+from mmdcn.engine.loading import check_fits, find_checkpoint
 
 TOLERANCE = 1e-4
 
@@ -20,7 +22,7 @@ TOLERANCE = 1e-4
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='the config file')
-    parser.add_argument('checkpoint', help='the checkpoint file')
+    parser.add_argument('checkpoint', help='the checkpoint file, or a name of the model zoo')
     parser.add_argument('exported', help='the exported detector, .onnx or .pt2')
     add_arguments(parser)
     return parser.parse_args()
@@ -49,18 +51,23 @@ def print_table(metrics: list[dict[str, float]], found: list[dict[int, InstanceD
     table.add_row(f'without a match within {TOLERANCE}', '', str(int((~close).sum())))
     table.add_row('largest difference of a coordinate or a score', '', f'{apart.max():.1e}')
     Console(width=120).print(table)
+    if not close.all():
+        raise LaunchError('the detections differ: export the detector from this config and checkpoint')
 
 
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
-    cfg.load_from = args.checkpoint
+    cfg.load_from = find_checkpoint(args.checkpoint)
+    if not Path(args.exported).is_file():
+        raise LaunchError(f'{args.exported} does not exist; tools/deployment/export_onnx.py makes such a file')
     try:
         detect = deployment.load(args.exported)
-    except (OSError, ValueError) as error:
-        raise LaunchError(str(error)) from error
+    except Exception as error:  # each format has errors of its own
+        raise LaunchError(f'{args.exported} cannot be loaded: {error}') from error
     with explained(cfg):
         runner = build_runner(cfg, 'test')
+        check_fits(runner.model, cfg.load_from)
         runner.load_or_resume()  # before the model is wrapped, which changes its keys
         detector = runner.model
         metrics, found = [], []
