@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 import mmdcn
 from mmdcn import modules
 from mmdcn.engine.launch import load_config
+from mmdcn.openmmlab.counterparts import FUNCTIONS
 
 MMDET = Path(mmdet.__file__).parent
 GN = dict(type='GN', num_groups=2)
@@ -199,6 +200,12 @@ def test_tood_samples_float32_boxes_without_rounding_them() -> None:
         result = head.deform_sampling(boxes, offset)
     # Four corners, each weighted twice: 8 roundings.
     torch.testing.assert_close(result, expected, rtol=8 * 2**-24, atol=1000 * 8 * 2**-24)
+
+
+def test_the_function_takes_every_argument_of_mmcvs() -> None:
+    x, offset, weight = torch.randn(1, 4, 5, 6), torch.randn(1, 36, 5, 6), torch.randn(6, 2, 3, 3)
+    arguments = (x, offset, weight, (1, 1), (1, 1), (1, 1), 2, 2, False, 32)
+    torch.testing.assert_close(FUNCTIONS[mmcv.ops.deform_conv2d](*arguments), mmcv.ops.deform_conv2d(*arguments))
 
 
 def test_offsets_for_fewer_positions_than_the_output_has_are_refused() -> None:

@@ -53,8 +53,12 @@ def _deform_conv2d(
     dilation: Sizes = 1,
     groups: int = 1,
     deform_groups: int = 1,
+    bias: bool = False,
+    im2col_step: int = 32,
 ) -> Tensor:  # [B, C_out, H_out, W_out]
     """Accept the arguments of `mmcv.ops.deform_conv2d`, also in mixed dtypes; the shapes determine the groups.
+
+    As in mmcv there is no bias; `im2col_step` has no effect.
 
     TOOD samples float32 boxes at offsets in autocast's dtype. Promoting all tensors keeps the precision of the boxes;
     autocast, or mmcv's cast to the dtype of the offsets, would lose it.
