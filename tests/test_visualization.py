@@ -4,8 +4,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import ConfigDict
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
@@ -20,6 +22,15 @@ from mmdcn.visualization import (
     effective_receptive_field,
     offset_statistics,
     watched,
+)
+from mmdcn.visualization.drawing import (
+    Detection,
+    Picture,
+    draw_detections,
+    field_figure,
+    new_figure,
+    pixels_of,
+    points_figure,
 )
 
 
@@ -246,3 +257,33 @@ def test_the_plain_grid_can_be_followed_instead() -> None:
     places, weights = recorder.points('1', y=12.0, x=8.0, depth=2, regular=True)
     assert {tuple(place) for place in places.tolist()} == {(y, x) for y in range(9, 16) for x in range(5, 12)}
     assert weights.tolist() == [1.0] * 81
+
+
+PICTURE = Picture(np.zeros((32, 24, 3), np.uint8))
+
+
+def figure_of_points() -> Figure:
+    model = network()
+    with SamplingRecorder(model) as recorder:
+        model(torch.zeros(1, 3, 32, 24))
+    return points_figure(PICTURE, recorder, '1', [(12.0, 8.0)], depth=1)
+
+
+def figure_of_a_field() -> Figure:
+    return field_figure(PICTURE, [torch.eye(32, 24)], [(12.0, 8.0)], 'backbone.layer2.1.conv2')
+
+
+@pytest.mark.parametrize('draw', [figure_of_points, figure_of_a_field])
+def test_the_title_of_a_single_image_is_not_cut_off(draw: Callable[[], Figure]) -> None:
+    figure = draw()
+    pixels_of(figure)
+    title = figure.texts[0].get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
+    assert title.y1 <= figure.bbox.height
+
+
+def test_the_label_with_the_highest_score_lies_on_top() -> None:
+    _, ((ax,),) = new_figure(1, 1, PICTURE.pixels)
+    detections = [Detection(4.0, 8.0, 20.0, 28.0, label, score) for label, score in (('a', 0.9), ('b', 0.4))]
+    draw_detections(ax, PICTURE, SamplingRecorder(network()), detections, depth=1)
+    assert [text.get_text() for text in ax.texts] == ['b 0.40', 'a 0.90']

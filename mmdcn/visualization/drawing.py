@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of the sampling locations that a `SamplingRecorder` has recorded."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,15 +77,24 @@ class Detection:
 
 
 def new_figure(
-    rows: int, columns: int, pixels: np.ndarray[Any, Any], width: float = 3.4, beside: float = 0.0
+    rows: int,
+    columns: int,
+    pixels: np.ndarray[Any, Any],
+    title: str = '',
+    width: float = 3.4,
+    beside: float = 0.0,
 ) -> tuple[Figure, np.ndarray[Any, Any]]:
     """Make a figure of images and its axes [rows, columns]; `width` and the room `beside` each image are in inches.
 
-    The figure is not registered in pyplot and needs no display.
+    The title is wrapped to the figure's width. The figure is not registered in pyplot and needs no display.
     """
-    height = width * pixels.shape[0] / pixels.shape[1]
-    figure = Figure(figsize=((width + beside) * columns, (height + 0.2) * rows + 0.3), layout='compressed', dpi=110)
+    total = (width + beside) * columns
+    lines = textwrap.wrap(title, int(13 * total))  # about 13 characters per inch at the title's size
+    height = (width * pixels.shape[0] / pixels.shape[1] + 0.2) * rows + 0.3 + 0.17 * len(lines[1:])
+    figure = Figure(figsize=(total, height), layout='compressed', dpi=110)
     FigureCanvasAgg(figure)
+    if lines:
+        figure.suptitle('\n'.join(lines), fontsize=10)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -117,9 +127,12 @@ def draw_points(
 def draw_detections(
     ax: Axes, picture: Picture, recorder: SamplingRecorder, detections: Sequence[Detection], depth: int
 ) -> None:
-    """Draw each box, and the sampling points for its centre in the layer that suits the size of the box."""
+    """Draw each box, and the sampling points for its centre in the layer that suits the size of the box.
+
+    The box with the highest score lies on top.
+    """
     picture.show(ax)
-    for detection in detections:
+    for detection in sorted(detections, key=lambda detection: detection.score):
         detection.draw(ax)
         if recorder.layers:
             layer = recorder.layer_for(detection.size * picture.scale[0])
@@ -144,14 +157,14 @@ def points_figure(
         depth: The maximum number of layers to follow, at least 1; the columns follow 1 layer, 2 layers, and so on.
     """
     depths = range(1, min(depth, len(recorder.stack(layer))) + 1)
-    figure, axes = new_figure(len(locations), len(depths), picture.pixels)
+    title = f'Sampling points of {layer} and the layers before it, for the location +'
+    figure, axes = new_figure(len(locations), len(depths), picture.pixels, title)
     for row, location in zip(axes, locations, strict=True):
         for ax, followed in zip(row, depths, strict=True):
             places, weights = recorder.points(layer, *picture.to_input(*location), followed)
             picture.show(ax)
             draw_points(ax, picture, places, weights, location, size=32 / followed**1.5)
             ax.set_title(f'{len(places)} points', fontsize=9)
-    figure.suptitle(f'Sampling points of {layer} and the layers before it, for the location +', fontsize=10)
     return figure
 
 
@@ -199,7 +212,8 @@ def field_figure(
         layer: The name of the layer.
     """
     columns = min(4, len(locations))
-    figure, axes = new_figure(-(-len(locations) // columns), columns, picture.pixels)
+    title = f'Effective receptive field of {layer} at the location +'
+    figure, axes = new_figure(-(-len(locations) // columns), columns, picture.pixels, title)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, field, location in zip(axes.flat, fields, locations, strict=False):
@@ -213,5 +227,4 @@ def field_figure(
         share = (field > 0.0455 * field.max()).double().mean()  # Luo et al.'s threshold: two standard deviations
         ax.set_title(f'{share:.1%} of the image', fontsize=9)
         ax.set(xlim=(-0.5, picture.pixels.shape[1] - 0.5), ylim=(picture.pixels.shape[0] - 0.5, -0.5))
-    figure.suptitle(f'Effective receptive field of {layer} at the location +', fontsize=10)
     return figure

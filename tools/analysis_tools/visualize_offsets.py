@@ -77,12 +77,12 @@ def choose_locations(found: Inspection, given: list[list[float]] | None) -> list
 def draw_all_detections(inspections: list[Inspection], depth: int) -> Figure:
     columns = min(4, len(inspections))
     rows = -(-len(inspections) // columns)
-    figure, axes = new_figure(rows, columns, inspections[0].picture.pixels, width=3.2)
+    title = 'Detections, and where the deformable layers sample (+ centre; darker is heavier)'
+    figure, axes = new_figure(rows, columns, inspections[0].picture.pixels, title, width=3.2)
     for ax in axes.flat:
         ax.set_axis_off()
     for found, ax in zip(inspections, axes.flat, strict=False):
         draw_detections(ax, found.picture, found.recorder, found.detections, depth)
-    figure.suptitle('Detections, and where the deformable layers sample (+ centre; darker is heavier)', fontsize=10)
     return figure
 
 
