@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from mmengine.runner import load_checkpoint
-from zoo_package import ROOT, Handler, Package
+from zoo_package import CONFIG, ROOT, Handler, Package
 
 from mmdcn import zoo
 from mmdcn.checkpoints.safe_globals import load_training
@@ -336,6 +336,28 @@ def test_the_check_of_a_zoo_without_checkpoints_says_so_and_fails(
     package.list_models()
     assert tool('tools/zoo_check.py') == 1
     assert 'no model of a metafile has a SHA256' in capsys.readouterr().err
+
+
+def test_the_check_of_the_zoo_names_missing_data_before_it_tests_a_model(
+    package: Package, entry: dict, cache: Path, tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    package.config.with_name('no_data.py').write_text(CONFIG.format(data='/nowhere/mnist_scenes/'))
+    package.list_models(entry, entry | {'Name': 'no_data', 'Config': 'configs/tiny/no_data.py'})
+    assert tool('tools/zoo_check.py') == 1
+    assert capsys.readouterr().err == (
+        'error: test_dataloader.dataset.ann_file: /nowhere/mnist_scenes/annotations/test.json does not exist. Get it '
+        'with `python tools/dataset_converters/mnist_scenes.py`, or set test_dataloader.dataset.data_root and ann_file '
+        'to where it is\n'
+    )
+
+
+def test_the_help_of_the_check_of_the_zoo_says_what_it_does(
+    tool: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not run it."""
+    with pytest.raises(SystemExit, match='0'):
+        tool('tools/zoo_check.py', '--help')
+    assert 'Test every checkpoint published by mmdcn' in capsys.readouterr().out
 
 
 def test_a_missing_checkpoint_is_one_line_of_the_test_tool(package: Package, entry: dict) -> None:

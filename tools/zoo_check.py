@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test every checkpoint published by mmdcn, and compare its average precision with its metafile."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mmengine.config import Config
 from tqdm import tqdm
 
 from mmdcn import zoo
-from mmdcn.engine.launch import LaunchError, run
+from mmdcn.engine.launch import LaunchError, check_data, run
 from mmdcn.utils.tables import print_table
 
 METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
@@ -40,12 +42,15 @@ def compare(expected: dict[str, float], seen: dict[str, float]) -> Iterator[tupl
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     models = [model for model in zoo.models() if model.sha256]
     if not models:
         raise LaunchError('no model of a metafile has a SHA256, so there is no checkpoint to test')
+    for model in models:
+        check_data(Config.fromfile(model.config), 'test')
     rows = []
     wrong = 0
-    for model in tqdm(models):
+    for model in tqdm(models, unit='model'):
         for name, expected, seen, agrees in compare(model.metrics, measure(model)):
             wrong += not agrees
             rows.append((model.name, name, f'{expected:.1f}', f'{seen:.1f}', 'yes' if agrees else 'NO'))

@@ -155,9 +155,7 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
     Raises:
         LaunchError: If a file or a folder of the data is missing.
     """
-    for loop in loops:
-        for dataset in _datasets(cfg.get(f'{loop}_dataloader', {}).get('dataset')):
-            _check_dataset(dataset, f'{loop}_dataloader')
+    check_data(cfg, *loops)
     # torch.compile recompiles for each image shape, and would otherwise reach torch's default limit.
     setup_cache_size_limit_of_dynamo()
     if get_device() == 'cpu':
@@ -168,6 +166,21 @@ def build_runner(cfg: Config, *loops: str) -> Runner:
     if isinstance(runner.model, torch.nn.Module):  # a FlexibleRunner builds its model later
         accept_version1_keys(runner.model)
     return runner
+
+
+def check_data(cfg: Config, *loops: str) -> None:
+    """Check that the data of a config exists.
+
+    Args:
+        cfg: The config.
+        loops: The data loaders to check: `train`, `val`, `test`.
+
+    Raises:
+        LaunchError: If a file or a folder is missing; the message names it and, if known, the command that makes it.
+    """
+    for loop in loops:
+        for dataset in _datasets(cfg.get(f'{loop}_dataloader', {}).get('dataset')):
+            _check_dataset(dataset, f'{loop}_dataloader')
 
 
 def build_model(config: str | Path) -> torch.nn.Module:
