@@ -70,6 +70,15 @@ def test_mmcv_runs_on_it_and_says_what_it_lacks(site: Path) -> None:
     assert last.startswith('NotImplementedError: mmdcn has no roi_align_rotated_forward') and 'pip install' in last
 
 
+def test_the_parity_check_refuses_to_compare_mmdcn_with_itself(site: Path) -> None:
+    """It names the environment that has mmcv's own operators."""
+    tool = str(ROOT / 'tools/analysis_tools/check_parity.py')
+    result = run(f"import runpy, sys; sys.argv = ['', 'any.py']; runpy.run_path({tool!r}, run_name='__main__')", site)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: mmcv runs on mmdcn's operators here") and '.venv-mmcv/bin/python runs' in last
+
+
 def _version() -> str:
     from mmdcn import __version__
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import mmcv.ops
 import mmengine.registry
 import torch
+from mmcv import _ext
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
@@ -229,6 +230,11 @@ def report(config: str, count: int, theirs: Outcome, ours: Outcome) -> None:
 
 def main() -> None:
     args = parse_args()
+    if _ext.__file__.endswith('.py'):
+        raise LaunchError(
+            "mmcv runs on mmdcn's operators here, so there is nothing to compare with: `make test-mmcv` compiles "
+            "mmcv's into .venv-mmcv, and .venv-mmcv/bin/python runs this tool on them"
+        )
     register_all_modules()
     failed = []
     for config in args.configs:
