@@ -7,11 +7,10 @@
 // channels, is where mma.m16n8k8 expects row q and columns 2t and 2t + 1 of its left operand. The right operand [8, 8]
 // holds the weight of position t at (2t, 2t) and (2t + 1, 2t + 1) and zeros elsewhere. So each lane finds the sum over
 // the corners, for its own position and channels, in its own part of the result. A weight is passed as the sum of two
-// numbers of the half type, which leaves an error of 2^-17 of it in bfloat16, and of 2^-22, or 2^-25 in all, in
-// float16.
+// numbers of the half type, with an error of at most 2^-17 of it in bfloat16, and 2^-23 of it or 2^-25 in float16.
 //
-// The zeros turn an infinity or a NaN into the NaN of other positions and channels. No such operand leaves the results
-// of its row finite. A block whose results are not all finite therefore computes its tiles again, blended in float32.
+// The zeros turn an infinity or a NaN into the NaN of other positions and channels. With such an operand, no result of
+// its row is finite. A block whose results are not all finite therefore computes its tiles again, blended in float32.
 #include "deform_conv2d_fused_wgmma.cuh"
 
 namespace mmdcn {
