@@ -39,7 +39,7 @@ def check_fits(model: nn.Module, checkpoint: str) -> None:
     state = {key.removeprefix('module.'): value for key, value in loaded.get('state_dict', loaded).items()}
     accept_version1_keys(model)
     try:
-        missing = model.load_state_dict(state, strict=False).missing_keys
+        missing = set(model.load_state_dict(state, strict=False).missing_keys)
     except RuntimeError as error:  # torch names every tensor whose shape differs, one a line
         reasons = [line.strip() for line in str(error).splitlines()[1:]]
     else:
