@@ -4,7 +4,9 @@
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from copy import deepcopy
+from pathlib import Path
 
 # While other programs run, a spinning thread can occupy the core that the thread it waits for needs. torch reads the
 # spin count when it is imported. See docs/performance.md, "Beside other programs".
@@ -28,6 +30,7 @@ from mmdcn.engine.launch import (
     run,
 )
 from mmdcn.engine.loading import check_fits, find_checkpoint
+from mmdcn.utils.files import replacing
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,12 +86,13 @@ def main() -> None:
         cfg = trigger_visualization_hook(cfg, args)
     if args.tta:
         use_tta(cfg)
-    with explained(cfg):
+    with explained(cfg), ExitStack() as stack:
         runner = build_runner(cfg, 'test')
         if isinstance(runner.model, nn.Module):  # a FlexibleRunner builds its model later
             check_fits(runner.model, cfg.load_from)
         if args.out is not None:
-            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+            out = stack.enter_context(replacing(Path(args.out)))
+            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(out)))
         metrics = runner.test()
     if get_rank() == 0:
         print_table(metrics)
