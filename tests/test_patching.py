@@ -284,9 +284,9 @@ def test_one_line_turns_every_layer_of_an_unchanged_config_over(way: str, tmp_pa
 
 def dyhead_of_a_config(switch: str, folder: Path) -> nn.Module:
     path = folder / 'config.py'
-    path.write_text(f"custom_imports = dict(imports=['{switch}'])\nlayer = dict(type='DCNv2')\n")
+    path.write_text(f"custom_imports = dict(imports=['{switch}'])\nmodel = dict(type='DCNv2')\n")
     args = argparse.Namespace(config=path, cfg_options=None, launcher='none', local_rank=0, work_dir='')
-    layer = build_conv_layer(load_config(args).layer, 4, 4, kernel_size=3)
+    layer = build_conv_layer(load_config(args).model, 4, 4, kernel_size=3)
     return nn.ModuleList([layer, *BY_IMPORT['DyHead'].build().modules()])
 
 
