@@ -85,7 +85,7 @@ wheel: $(VENV)/core.stamp
 	$(PIP) install -r requirements/wheel.txt
 	rm -rf dist $(WHEEL_CHECK)
 	$(BIN)/python -m build --no-isolation
-	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist dist/*-linux_*.whl
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 	for name in mmdcn-zoo mmdcn-mmcv; do $(BIN)/python -m build --no-isolation --wheel --outdir dist packages/$$name; done
 	@$(BIN)/python -m zipfile -l dist/mmdcn-*.whl | grep -v '\.mim/'
