@@ -6,7 +6,7 @@ If one of them disappears, `tests/test_private_hooks.py` fails and says what bre
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import FrameType, ModuleType
 from typing import Any
@@ -133,6 +133,11 @@ def has_avx2() -> bool:
 def has_avx512() -> bool:
     """Tell whether the processor has AVX-512, according to an older torch."""
     return torch.cpu._is_avx512_supported()
+
+
+def hooks_of_forward(module: torch.nn.Module) -> tuple[Mapping[int, Any], Mapping[int, Any]]:
+    """Return the hooks of a module before and after its forward. They are no class's, so HOOKS cannot name them."""
+    return module._forward_pre_hooks, module._forward_hooks
 
 
 def count_in_mmengine(operator: str, flops: Callable[..., int], activations: Callable[..., Any]) -> None:

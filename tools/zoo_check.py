@@ -10,11 +10,10 @@ from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mmengine.config import Config
 from tqdm import tqdm
 
 from mmdcn import zoo
-from mmdcn.engine.launch import LaunchError, check_data, run
+from mmdcn.engine.launch import LaunchError, check_data, read_config, run
 from mmdcn.utils.tables import print_table
 
 METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
@@ -47,7 +46,7 @@ def main() -> None:
     if not models:
         raise LaunchError('no model of a metafile has a SHA256, so there is no checkpoint to test')
     for model in models:
-        check_data(Config.fromfile(model.config), 'test')
+        check_data(read_config(model.config), 'test')
     rows = []
     wrong = 0
     for model in tqdm(models, unit='model'):

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mmdcn import modules
+from mmdcn._private_hooks import hooks_of_forward
 
 _TAKEN_APART: tuple[type[nn.Module], ...] = ()
 with suppress(ImportError):  # mmdet is optional
@@ -136,5 +137,5 @@ def _can_fuse(conv: nn.Module, norm: nn.Module) -> bool:
         and isinstance(conv.weight, nn.Parameter)  # else a hook computes it
         and type(norm).forward in _NORMS
         and norm.running_mean is not None
-        and not (conv._forward_hooks or norm._forward_hooks or norm._forward_pre_hooks)
+        and not (hooks_of_forward(conv)[1] or any(hooks_of_forward(norm)))
     )
