@@ -13,7 +13,7 @@ if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
 
 from mmdcn import DetInferencer
 from mmdcn.engine.launch import LaunchError, run
-from mmdcn.engine.loading import find_checkpoint
+from mmdcn.engine.loading import check_device, find_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,6 +34,8 @@ def main() -> None:
     args = parse_args()
     if not Path(args.image).exists():
         raise LaunchError(f'{args.image} does not exist')
+    if args.device:
+        check_device(args.device)
     inferencer = DetInferencer(args.model, args.weights and find_checkpoint(args.weights), args.device)
     inferencer(args.image, out_dir=args.out_dir, pred_score_thr=args.pred_score_thr)
     print(f'wrote {Path(args.out_dir, "vis")}')

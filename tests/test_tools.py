@@ -228,12 +228,13 @@ def test_the_offset_explorer_is_written(inspected: tuple[Path, Path, Path], tmp_
     [
         ('visualize_offsets.py', ['--layer', 'backbone.conv1'], '--layer must be one of backbone.layer2.0.conv2, '),
         ('visualize_offsets.py', ['--location', '96', '0'], '--location must be inside the image of 96 x 96 pixels'),
+        ('visualize_offsets.py', ['--device', 'cuda:99'], '--device must be a device that torch can use, got cuda:99'),
     ],
 )
-def test_a_place_or_a_layer_that_is_not_there_is_named(
+def test_a_place_a_layer_or_a_device_that_is_not_there_is_named(
     tool: str, extra: list[str], words: str, inspected: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    result = run(f'analysis_tools/{tool}', *inspected, *extra, '--views', 'points', '--out-dir', tmp_path)
+    result = run(f'analysis_tools/{tool}', *inspected, *extra, '--views', 'detections', 'points', '--out-dir', tmp_path)
     assert result.returncode == 1
     assert words in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())

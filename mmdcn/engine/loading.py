@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints for a model as it is: found by their name, and refused if they do not fit."""
+"""Checkpoints for a model as it is: found by their name, and refused if they do not fit. Devices to run it on."""
 
 from pathlib import Path
 
+import torch
 from mmdet.apis import init_detector
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -62,6 +63,19 @@ def check_resumable(checkpoint: str) -> None:
         )
 
 
+def check_device(device: str) -> None:
+    """Check that torch can use a device.
+
+    Raises:
+        LaunchError: If it cannot.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of a name, of a build, of a backend
+        reason = str(error).partition('. ')[0].splitlines()[0]
+        raise LaunchError(f'--device must be a device that torch can use, got {device}: {reason}') from error
+
+
 def load_detector(config: str, checkpoint: str, device: str = 'cpu') -> nn.Module:
     """Build the detector of a config file, and load a checkpoint.
 
@@ -71,8 +85,9 @@ def load_detector(config: str, checkpoint: str, device: str = 'cpu') -> nn.Modul
         device: Where the detector runs.
 
     Raises:
-        LaunchError: If a file is missing, or the checkpoint does not fit.
+        LaunchError: If a file is missing, or the checkpoint does not fit, or torch cannot use the device.
     """
+    check_device(device)
     checkpoint = find_checkpoint(checkpoint)
     cfg = read_config(config)
     with explained(cfg):

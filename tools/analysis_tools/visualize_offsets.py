@@ -56,12 +56,15 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def choose_layer(found: Inspection, name: str | None, depth: int) -> str:
+def choose_layer(found: Inspection, args: argparse.Namespace) -> str:
+    name = args.layer
     if name is None:
         size = found.detections[0].size if found.detections else max(found.picture.pixels.shape[:2]) / 4
-        return found.recorder.layer_for(size * found.picture.scale[0], depth).name
-    if name not in found.names:
+        name = found.recorder.layer_for(size * found.picture.scale[0], args.depth).name
+    elif name not in found.names:
         raise LaunchError(f'--layer must be one of {", ".join(found.names)}, got {name}')
+    if 'receptive_field' in args.views and not name.startswith('backbone.'):
+        raise LaunchError(f'--layer must be a layer of the backbone for the view receptive_field, got {name}')
     return name
 
 
@@ -86,14 +89,11 @@ def draw_all_detections(inspections: list[Inspection], depth: int) -> Figure:
     return figure
 
 
-def draw_view(view: str, found: Inspection, args: argparse.Namespace) -> Figure:
+def draw_view(view: str, found: Inspection, layer: str, locations: list[tuple[float, float]], depth: int) -> Figure:
     if view == 'maps':
         return maps_figure(found.picture, found.recorder)
-    layer, locations = choose_layer(found, args.layer, args.depth), choose_locations(found, args.location)
     if view == 'points':
-        return points_figure(found.picture, found.recorder, layer, locations, args.depth)
-    if not layer.startswith('backbone.'):
-        raise LaunchError(f'--layer must be a layer of the backbone for the view receptive_field, got {layer}')
+        return points_figure(found.picture, found.recorder, layer, locations, depth)
     fields = [found.field(found.recorder.layer(layer), *location) for location in locations]
     return field_figure(found.picture, fields, locations, layer)
 
@@ -108,12 +108,14 @@ def main() -> None:
     args = parse_args()
     model = load_detector(args.config, args.checkpoint, args.device)
     inspections = [inspect(model, image, args.score) for image in args.images]
+    choices = [(choose_layer(found, args), choose_locations(found, args.location)) for found in inspections]
     if 'detections' in args.views:
         save(draw_all_detections(inspections, min(args.depth, 2)), args.out_dir / f'detections.{args.format}')
-    for image, found in zip(args.images, inspections, strict=True):
+    for image, found, choice in zip(args.images, inspections, choices, strict=True):
         for view in args.views:
             if view != 'detections':
-                save(draw_view(view, found, args), args.out_dir / f'{Path(image).stem}_{view}.{args.format}')
+                figure = draw_view(view, found, *choice, args.depth)
+                save(figure, args.out_dir / f'{Path(image).stem}_{view}.{args.format}')
 
 
 if __name__ == '__main__':
