@@ -114,7 +114,7 @@ class BuildCore(BuildExtension):
                 '-c',
                 '--threads=0',
                 '-Werror=all-warnings',
-                '-Xfatbin=-compress-all',
+                '--compress-mode=size',
                 *([] if FUSED in source else ['-Xptxas=--warn-on-spills,--warning-as-error']),
                 '-Xcompiler=-fPIC,-Wall,-Wno-unknown-pragmas,-fvisibility=hidden',  # unroll is nvcc's own
                 f'-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}',
