@@ -183,15 +183,6 @@ def mmdcn_deform_conv2d(x: Inputs) -> Tensor:
     return mmdcn.ops.deform_conv2d(x.input, x.offset, x.weight, None, x.stride, x.padding, 1, x.mask)
 
 
-def mmdcn_with_new_kernels(x: Inputs) -> Tensor:
-    """Run the kernels that have not passed their tests on a GPU; if there are none, the others."""
-    os.environ['MMDCN_CUDA_KERNELS'] = 'new'
-    try:
-        return mmdcn_deform_conv2d(x)
-    finally:
-        del os.environ['MMDCN_CUDA_KERNELS']
-
-
 def prepacked_call(x: Inputs) -> Call:
     """Pack the weight beforehand, as `mmdcn.prepack` does, and as ONNX Runtime and OpenVINO do with a constant."""
     packed_weight = mmdcn.ops.pack_weight(x.weight, x.groups)
@@ -323,7 +314,7 @@ def forward_candidates(case: Case, device: str) -> dict[str, Build]:
     _, x = candidates['conv2d']
     _, y = candidates['mmdcn channels_last']
     if case.new_kernels:
-        builds['mmdcn channels_last, new kernels'] = partial(partial, mmdcn_with_new_kernels, y)
+        builds['mmdcn channels_last, new kernels'] = lambda: with_new_kernels(partial(mmdcn_deform_conv2d, y))
     if device == 'cpu' and case.dtype == torch.float32:
         builds['mmdcn prepacked'] = partial(prepacked_call, x)
         builds['mmdcn prepacked channels_last'] = partial(prepacked_call, y)
@@ -336,10 +327,25 @@ def training_candidates(case: Case, device: str) -> dict[str, Build]:
     """Return the same for forward and backward, with the gradients of all tensors."""
     candidates = common_candidates(case, device)
     builds: dict[str, Build] = {name: partial(training_call, *candidate) for name, candidate in candidates.items()}
+    candidate = candidates['mmdcn channels_last']
+    if case.new_kernels:
+        builds['mmdcn channels_last, new kernels'] = lambda: with_new_kernels(training_call(*candidate))
     if device == 'cuda':
-        candidate = candidates['mmdcn channels_last']
         builds['mmdcn channels_last, deterministic'] = lambda: deterministic(training_call(*candidate))
     return builds
+
+
+def with_new_kernels(call: Call) -> Call:
+    """Run the kernels that have not passed their tests on a GPU; if there are none, the others."""
+
+    def run() -> object:
+        os.environ['MMDCN_CUDA_KERNELS'] = 'new'
+        try:
+            return call()
+        finally:
+            del os.environ['MMDCN_CUDA_KERNELS']
+
+    return run
 
 
 def deterministic(call: Call) -> Call:

@@ -152,7 +152,7 @@ def sanitizer_steps(work: Path, limit: float, expression: str) -> list[Step]:
         pytest = python(
             '-m', 'pytest', '-vv', '--durations=3', '-p', 'no:cacheprovider', '--tb=short', '-k', expression
         )
-        tests = [f'tests/test_{name}.py' for name in ('deform_conv2d', 'deform_conv2d_fused', 'deform_roi_pool')]
+        tests = [f'tests/test_{name}.py' for name in ('deform_conv2d', 'deform_conv2d_kernels', 'deform_roi_pool')]
         # The tools see memory in torch's cache as allocated and initialised, so caching is switched off.
         env = {'PYTORCH_NO_CUDA_MEMORY_CACHING': '1', 'OMP_NUM_THREADS': '1'}
         steps.append(Step(tool, [program, *options, *pytest, *tests], limit, env, work, uninteresting))
@@ -259,7 +259,8 @@ def main() -> None:
     parser.add_argument(
         '--sanitize',
         default='cuda and (float32 or bfloat16) and test_output_and_every_gradient and (everything or several)'
-        ' or test_fused_kernels_on_cuda and bfloat16 and 64',
+        ' or test_fused_kernels_on_cuda and bfloat16 and 64'
+        ' or test_gradients_at_once_on_cuda and bfloat16 and lanes',
         help='tests for the sanitizers, an expression for pytest -k',
     )
     args = parser.parse_args()

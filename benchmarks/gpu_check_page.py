@@ -69,6 +69,7 @@ GOALS = (
     Goal('bf16 forward / cuDNN, channels_last, c3-c5, batch 16', ratios(C + 'bf16', FORWARD, MMDCN, CONV), most=2),
     Goal('the same, new kernels', ratios(C + 'new', FORWARD, f'{MMDCN}, new kernels', CONV), most=2),
     Goal('bf16 forward + backward / cuDNN', ratios(C + 'bf16', TRAINING, MMDCN, CONV), most=3.5),
+    Goal('the same, new kernels', ratios(C + 'new', TRAINING, f'{MMDCN}, new kernels', CONV), most=3.5),
     Goal('torchvision / mmdcn, fp16 forward', ratios(C + 'fp16', FORWARD, PEER, MMDCN), least=5),
     Goal('torchvision / mmdcn, fp16 forward + backward', ratios(C + 'fp16', TRAINING, PEER, MMDCN), least=8),
     Goal(

@@ -16,7 +16,7 @@ from pathlib import Path
 import deform_roi_pool_cases as roi_pool
 import pytest
 import torch
-from deform_conv2d_cases import CASES, Case, draw_grad_output
+from deform_conv2d_cases import AT_ONCE, CASES, Case, draw_grad_output
 from nms_cases import draw as draw_boxes
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -151,6 +151,33 @@ def test_deform_conv2d_adds_up_the_samples_of_a_block_in_a_fixed_order(
         monkeypatch.setenv('MMDCN_HOST_SEED', f'{seed}')
         gradients.append(host.deform_conv2d_backward(*arguments, (True, False, False, False), False)[0])
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', AT_ONCE)
+def test_deform_conv2d_computes_gradients_at_once(
+    host: object, library: Path, name: str, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = AT_ONCE[name]
+    call = case.draw(dtype)
+    call.offset[0, 0, 0, 0], call.offset[0, -1, -1, -1], call.input[0, 3, 1, 2] = torch.inf, torch.nan, torch.nan
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+    arguments = (draw_grad_output(call), call.input, call.offset, call.mask, call.weight, *geometry)
+    launches = ctypes.c_uint32.in_dll(ctypes.CDLL(library), 'mmdcn_host_launches_of_warps')
+    counts = []
+    for kernels in ('tested', 'new'):
+        monkeypatch.setenv('MMDCN_CUDA_KERNELS', kernels)
+        monkeypatch.setenv('MMDCN_HOST_SEED', f'{seed}')
+        before = launches.value
+        gradients = [
+            ops.deform_conv2d_backward(*arguments, (True, True, case.mask, True), False)
+            for ops in (host, torch.ops.mmdcn)
+        ]
+        counts.append(launches.value - before)
+        for pair in zip(*gradients, strict=True):
+            _compare(pair, TOLERANCES[dtype])
+    assert counts[0] == 2 * counts[1]
 
 
 @pytest.mark.parametrize('dtype', TOLERANCES)

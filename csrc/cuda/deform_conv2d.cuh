@@ -24,6 +24,9 @@
 // the L1 cache. One group of lanes sees all channels that share an offset, so grad_offset and grad_mask need no
 // atomics.
 //
+// New, and off until it has run on a GPU: one kernel computes all three gradients of a block's samples
+// (deform_conv2d_backpropagate.cuh).
+//
 // grad_input is summed in the compute type. Each block first sums its samples' contributions to a pixel in a fixed
 // order, then adds them to the image with atomics. Their order, and so the last bits, change from run to run. In
 // deterministic mode the corners of the tile are sorted by pixel instead (deform_conv2d_input.cuh).

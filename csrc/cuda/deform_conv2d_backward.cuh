@@ -88,12 +88,8 @@ void backward(DeviceCall<scalar_t>& call, const Tensor& grad_output, const Gradi
         matrix_product(call.by_group(grads, tile), weight, call.columns(tile), g.groups, tile.count, call.depth(),
                        g.group_out_channels(), false, call.allow_tf32);
       }
-      if (sorts) {
-        add_deterministically(tile, corners, grad_output, input_sum);
-      } else if (grad_input) {
-        launch_input_gradient(tile, input_sum);
-      }
-      launch_backpropagate(tile, grad_offset, grad_mask, gradients.needs_weight);
+      if (sorts) add_deterministically(tile, corners, grad_output, input_sum);
+      launch_backpropagate(tile, sorts ? nullptr : input_sum, grad_offset, grad_mask, gradients.needs_weight);
       if (gradients.needs_weight) add_weight_gradient(call, grads, tile, grad_weight, std::exchange(adds, true));
     });
     if (sums) grad_input->write(input_sum, first, images);

@@ -109,8 +109,9 @@ struct Columns {
   static constexpr uint32_t kResident = std::is_same_v<scalar_t, double> ? 2 : 4;
   static constexpr int kUnroll = kDots ? 1 : 2;  // samples at a time, to keep 5 or 8 loads in flight
 
+  using WarpShared = std::conditional_t<kDots, WarpSamplesAndPoints<T>, WarpSamples<T>>;
   struct Shared {
-    std::conditional_t<kDots, WarpSamplesAndPoints<T>, WarpSamples<T>> warps[kWarps];
+    WarpShared warps[kWarps];
   };
 
   Tile<scalar_t, kVector> tile;
@@ -122,13 +123,17 @@ struct Columns {
   }
 
   C10_DEVICE void run(uint32_t block, Shared& shared, const Threads& threads) const {
-    const uint32_t lane = opaque(threads.lane), warp = opaque(threads.group);
+    const uint32_t warp = opaque(threads.group);
     const Divided by_tap = divide(block * kWarps + warp, tile.taps);
     const Divided by_group = divide(by_tap.quotient, tile.offset_groups);
     const uint32_t tap = by_tap.rest, patch = by_group.quotient, offset_group = by_group.rest;
     if (patch >= tile.patches) return;
+    run_warp(patch, offset_group, tap, shared.warps[warp], threads);
+  }
 
-    auto& own = shared.warps[warp];
+  C10_DEVICE C10_ALWAYS_INLINE_ATTRIBUTE void run_warp(uint32_t patch, uint32_t offset_group, uint32_t tap,
+                                                       WarpShared& own, const Threads& threads) const {
+    const uint32_t lane = opaque(threads.lane);
     const Point<T> point = tile.locate(patch, lane, offset_group, tap);
     const uint32_t inside = threads.ballot(point.inside), slot = bits_set(inside & ((1u << lane) - 1));
     const uint32_t column = tile.column(point.position, tap), first_vector = offset_group * tile.offset_group_vectors;

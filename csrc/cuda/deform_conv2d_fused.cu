@@ -4,11 +4,9 @@
 // multiplies the previous step. Asynchronous copies load the weights into a ring of kStages.
 #include "deform_conv2d_fused.cuh"
 
-#include <cstdlib>
-#include <string_view>
-
 #include "deform_conv2d_fused_forms.h"
 #include "device.cuh"
+#include "new_kernels.h"
 
 namespace mmdcn {
 namespace {
@@ -298,8 +296,7 @@ bool fits(const FusedForward& call, FusedForm form, int32_t device) {
 }
 
 FusedForm hopper_form(const FusedForward& call, int32_t device) {
-  const char* const kernels = std::getenv("MMDCN_CUDA_KERNELS");
-  return kernels && std::string_view(kernels) == "new" && fits(call, kNew, device) ? kNew : kTested;
+  return runs_new_kernels() && fits(call, kNew, device) ? kNew : kTested;
 }
 
 // With fewer blocks too many multiprocessors are idle, and columns are faster.

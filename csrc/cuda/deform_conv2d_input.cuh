@@ -13,8 +13,9 @@ namespace mmdcn {
 
 // Adds to the image with atomics. A block processes at most 9 taps of one offset group for a patch, one warp each. It
 // sorts the corners of the samples by pixel and sums those of a pixel before it adds them to the image, since the
-// kernel is bound by the rate of atomics. kLanes lanes share a pixel; with kSingle each has at most one vector.
-template <typename scalar_t, int kVector, int kLanes, bool kSingle>
+// kernel is bound by the rate of atomics. kLanes lanes share a pixel; with kSingle each has at most one vector. With
+// kReadOnly the kernel does not write the columns.
+template <typename scalar_t, int kVector, int kLanes, bool kSingle, bool kReadOnly = true>
 struct AddToInput {
   using T = compute_t<scalar_t>;
   using V = Vector<scalar_t, kVector>;
@@ -52,11 +53,19 @@ struct AddToInput {
   C10_HOST_DEVICE uint32_t tap_blocks() const { return (tile.taps.divisor + kWarps - 1) / kWarps; }
   C10_HOST_DEVICE uint32_t blocks() const { return tile.patches * tile.offset_groups.divisor * tap_blocks(); }
 
-  C10_DEVICE void run(uint32_t block, Shared& shared, const Threads& threads) const {
+  // The samples of a warp; there are none if the tap is not less than the number of taps.
+  struct Samples {
+    uint32_t patch, offset_group, tap;
+  };
+
+  C10_DEVICE Samples samples(uint32_t block, const Threads& threads) const {
     const uint32_t tap = block % tap_blocks() * kWarps + threads.group;
     const Divided at = divide(block / tap_blocks(), tile.offset_groups);
-    const uint32_t patch = at.quotient, offset_group = at.rest;
+    return {at.quotient, at.rest, tap};
+  }
 
+  C10_DEVICE void run(uint32_t block, Shared& shared, const Threads& threads) const {
+    const auto [patch, offset_group, tap] = samples(block, threads);
     for (uint32_t i = threads.index(); i < kSlots; i += kThreads) {
       shared.slots[i] = {kNone, 0};
     }
@@ -180,7 +189,12 @@ struct AddToInput {
       for (uint32_t i = 0; i < kBatch; ++i) {
         const bool valid = first + i < slot.end();
         const Corner corner = corners[valid ? first + i : slot.end() - 1];
-        grads[i] = load(element(columns, corner.column));
+        const V* const column = element(columns, corner.column);
+        if constexpr (kReadOnly) {
+          grads[i] = load(column);
+        } else {
+          grads[i] = load_before_write(column);
+        }
         weights[i] = valid ? corner.weight : 0;
       }
 #pragma unroll

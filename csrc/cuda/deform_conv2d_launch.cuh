@@ -8,9 +8,11 @@
 #include <type_traits>
 
 #include "../core/conv_geometry.h"
+#include "deform_conv2d_backpropagate.cuh"
 #include "deform_conv2d_columns.cuh"
 #include "deform_conv2d_input.cuh"
 #include "device.cuh"
+#include "new_kernels.h"
 
 namespace mmdcn {
 
@@ -143,6 +145,37 @@ void launch_columns(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_offse
   });
 }
 
+template <typename scalar_t>
+void launch_input_gradient(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input) {
+  if (s.count == 0) return;
+  with_single(s, [&](auto vector, auto lanes, auto single) {
+    const auto tile = make_tile<scalar_t, vector>(s, s.geometry.offset_groups, 2 * multiprocessors(s.device));
+    launch_warps(AddToInput<scalar_t, vector, lanes, single>{tile, grad_input}, s.device);
+  });
+}
+
+// Whether one kernel should compute the gradients of input, offset and mask: it has not run on a GPU yet.
+template <typename scalar_t>
+bool is_backpropagated_at_once(const Sampling<scalar_t>& s) {
+  constexpr int64_t kWarps = AddToInput<scalar_t, 1, kWarp, false>::kWarps;
+  const int64_t taps = s.geometry.taps();
+  const bool most_warps_have_a_tap = 8 * taps >= 7 * kWarps * ceil_div(taps, kWarps);
+  return sizeof(scalar_t) <= 4 && is_vectorized(s) && most_warps_have_a_tap && runs_new_kernels();
+}
+
+template <typename scalar_t>
+void launch_at_once(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input, compute_t<scalar_t>* grad_offset,
+                    compute_t<scalar_t>* grad_mask) {
+  if (s.count == 0) return;
+  with_single(s, [&](auto vector, auto lanes, auto single) {
+    if constexpr (vector > 1 && sizeof(scalar_t) <= 4) {
+      const auto tile = make_tile<scalar_t, vector>(s, s.geometry.offset_groups, 2 * multiprocessors(s.device));
+      launch_warps(Backpropagate<scalar_t, vector, lanes, single>{{tile, grad_input}, {tile, grad_offset, grad_mask}},
+                   s.device);
+    }
+  });
+}
+
 }  // namespace launching
 
 // Fills the columns with the samples.
@@ -151,12 +184,18 @@ void launch_sample_columns(const Sampling<scalar_t>& s) {
   launching::launch_columns<false, true>(s, nullptr, nullptr);
 }
 
-// Writes the gradients of offset [B, 2*G*K, H_out, W_out] and mask [B, G*K, H_out, W_out] from the columns' gradient;
-// both are dense, and null if not needed. If `samples`, then overwrites the columns with the samples.
+// From the columns' gradient, adds the gradient of the input to grad_input [B*H*W, C_in], aligned to kVectorBytes, and
+// writes those of offset [B, 2*G*K, H_out, W_out] and mask [B, G*K, H_out, W_out], both dense. Each is null if not
+// needed. If `samples`, then overwrites the columns with the samples.
 template <typename scalar_t>
-void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_offset, compute_t<scalar_t>* grad_mask,
-                          bool samples) {
-  if (!grad_offset && !grad_mask) {
+void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input,
+                          compute_t<scalar_t>* grad_offset, compute_t<scalar_t>* grad_mask, bool samples) {
+  const bool needs_sampling = grad_offset || grad_mask;
+  if (grad_input && needs_sampling && samples && launching::is_backpropagated_at_once(s)) {
+    return launching::launch_at_once(s, grad_input, grad_offset, grad_mask);
+  }
+  if (grad_input) launching::launch_input_gradient(s, grad_input);
+  if (!needs_sampling) {
     if (samples) launch_sample_columns(s);
   } else if (samples) {
     launching::launch_columns<true, true>(s, grad_offset, grad_mask);
@@ -165,19 +204,8 @@ void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad
   }
 }
 
-// Adds the gradient of the input, from the columns' gradient, to grad_input [B*H*W, C_in], aligned to kVectorBytes.
-template <typename scalar_t>
-void launch_input_gradient(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input) {
-  if (s.count == 0) return;
-  launching::with_single(s, [&](auto vector, auto lanes, auto single) {
-    const auto tile =
-        launching::make_tile<scalar_t, vector>(s, s.geometry.offset_groups, 2 * multiprocessors(s.device));
-    launch_warps(AddToInput<scalar_t, vector, lanes, single>{tile, grad_input}, s.device);
-  });
-}
-
-// The same in a fixed order, in two steps. In between, the host sorts: `order` is the stable argsort of the pixels. All
-// arrays have 4 * count * K * G elements.
+// The gradient of the input in a fixed order, in two steps. In between, the host sorts: `order` is the stable argsort
+// of the pixels. All arrays have 4 * count * K * G elements.
 template <typename scalar_t>
 void launch_list_corners(const Sampling<scalar_t>& s, const Corners<compute_t<scalar_t>>& corners) {
   if (s.count == 0) return;

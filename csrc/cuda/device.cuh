@@ -139,6 +139,19 @@ __device__ __forceinline__ void store(V* target, const V& value) {
   *reinterpret_cast<Raw<V>*>(target) = bits_of<Raw<V>>(value);
 }
 
+// For memory that the same block writes later, after a barrier.
+template <typename V>
+__device__ __forceinline__ V load_before_write(const V* source) {
+  uint4 word;
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+      : "l"(source));
+  return bits_of<V>(word);
+}
+
+// Starts to copy the 128 bytes around an address to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
+
 // Bypasses the L1 cache, which is left to data that are used again.
 template <typename V>
 __device__ __forceinline__ V load_once(const V* source) {

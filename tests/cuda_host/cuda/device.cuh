@@ -77,6 +77,13 @@ void store(V* target, const V& value) {
 }
 
 template <typename V>
+V load_before_write(const V* source) {
+  return load(source);
+}
+
+inline void prefetch(const void* source) {}
+
+template <typename V>
 V load_once(const V* source) {
   return load(source);
 }
@@ -120,9 +127,12 @@ void launch(const Body& body, int32_t device) {
       [&](uint32_t block, const Threads& threads) { body.run(body.block(block), shared, threads); });
 }
 
+extern "C" __attribute__((visibility("default"))) inline uint32_t mmdcn_host_launches_of_warps = 0;
+
 template <typename Body>
 void launch_warps(const Body& body, int32_t device) {
   typename Body::Shared shared;
+  ++mmdcn_host_launches_of_warps;
   run_blocks(
       body.blocks(), kWarp, Body::kWarps, [&](uint32_t, Fibers&) { forget(shared); },
       [&](uint32_t block, const Threads& threads) { body.run(block, shared, threads); });

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused kernels on a GPU with tensor cores. The other tests are too small for them; tests/test_cuda_host.py runs
-them without a GPU.
+"""On a GPU with tensor cores: the fused kernels, for which the other tests are too small, and the kernels that
+MMDCN_CUDA_KERNELS=new turns on. tests/test_cuda_host.py runs them without a GPU.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from deform_conv2d_cases import Case
+from deform_conv2d_cases import AT_ONCE, Case, draw_grad_output
 
 from mmdcn.ops import deform_conv2d
 
@@ -14,13 +16,12 @@ pytestmark = pytest.mark.skipif(
     reason='torch finds no CUDA device with tensor cores for bfloat16',
 )
 # One for each number of output channels of a block, with enough positions for the multiprocessors of an H100.
-CASES = {
+FUSED = {
     '64 channels': Case((128, 64), (81, 83), (3, 2), (1, 1), (1, 2), (2, 1), offset_groups=2),
     'one step': Case((64, 64), (71, 72), (1, 1)),
     '128 channels': Case((64, 128), (107, 90), (3, 3), padding=(1, 1)),
     '256 channels': Case((64, 256), (141, 155), (1, 3), (2, 1), (0, 1), mask=False, bias=False),
 }
-
 
 LOW = [torch.float16, torch.bfloat16]
 
@@ -34,9 +35,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('finite', [True, False], ids=['finite', 'not finite'])
 @pytest.mark.parametrize('dtype', LOW, ids=str)
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', FUSED)
 def test_fused_kernels_on_cuda_equal_the_cpu(name: str, dtype: torch.dtype, finite: bool) -> None:
-    call = CASES[name].draw(dtype)
+    call = FUSED[name].draw(dtype)
     call.offset[0, 0, 0, 0] = torch.inf
     if not finite:
         call.offset[0, -1, -1, -1], call.input[0, 3, 1, 2], call.input[1, 5, 7, 9] = torch.nan, torch.nan, torch.inf
@@ -49,9 +50,34 @@ def test_fused_kernels_on_cuda_equal_the_cpu(name: str, dtype: torch.dtype, fini
 
 @pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('dtype', LOW, ids=str)
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', FUSED)
 def test_these_calls_run_fused_kernels_on_cuda(name: str, dtype: torch.dtype) -> None:
-    call = CASES[name].draw(dtype, 'cuda')
+    call = FUSED[name].draw(dtype, 'cuda')
     with torch.profiler.profile() as profile:
         call(deform_conv2d)
     assert any('fused' in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize('name', AT_ONCE)
+def test_gradients_at_once_on_cuda_equal_the_cpu(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('MMDCN_CUDA_KERNELS', 'new')
+    case = AT_ONCE[name]
+    call = case.draw(dtype)
+    tensors = (draw_grad_output(call).to(dtype), call.input, call.offset, call.mask, call.weight)
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+
+    def gradients(change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        changed = (None if tensor is None else change(tensor) for tensor in tensors)
+        return torch.ops.mmdcn.deform_conv2d_backward(*changed, *geometry, (True, True, case.mask, True), False)
+
+    expected = gradients(torch.Tensor.float)
+    with torch.profiler.profile() as profile:
+        actual = gradients(torch.Tensor.cuda)
+    assert any('Backpropagate' in event.name for event in profile.events())
+    for one, other in zip(actual, expected, strict=True):
+        # The columns' gradient and the samples are rounded, then summed.
+        scale = other.abs().max().item() if other.numel() else 0
+        torch.testing.assert_close(one.cpu().float(), other, rtol=0, atol=8 * torch.finfo(dtype).eps * (1 + scale))
