@@ -17,7 +17,7 @@ import mmdcn
 
 PACKAGES = ('torch', 'mmdcn', 'onedl-mmcv', 'mmcv', 'onnxruntime', 'openvino', 'torchvision', 'deformops')
 BASELINE = 'conv2d'
-WALL_GROUPS = ('batch-1',)  # kernels so short that the time of the host dominates
+WALL_GROUPS = ('batch-1', 'new-batch-1')  # kernels so short that the time of the host dominates
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ CASES = {
         'variants': VARIANTS,
         'deformops': stages('bf16', **low(torch.bfloat16, batch=16, deformops=True)),
         'new': stages('bf16', **low(torch.bfloat16, batch=16, new_kernels=True)),
+        'new-batch-1': stages('fp16 batch 1', **low(torch.float16, batch=1, new_kernels=True)),
     },
 }
 

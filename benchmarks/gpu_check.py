@@ -221,7 +221,7 @@ def run_benchmarks(check: Check) -> None:
         step.quiet = lambda line: line.startswith('USDT:')  # of torch's profiler
         check.run(step)
     if 'bench' in steps:
-        bench(check, 'deform_conv2d', ['new', 'variants'], 40)
+        bench(check, 'deform_conv2d', ['new', 'new-batch-1', 'variants'], 45)
 
 
 def run_deformops(check: Check) -> None:

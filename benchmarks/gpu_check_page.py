@@ -92,6 +92,7 @@ GOALS = (
         most=1.3,
     ),
     Goal('torchvision / mmdcn, fp16 batch 1 forward, wall', ratios(C + 'batch-1', FORWARD, PEER, MMDCN), least=3),
+    Goal('the same, new kernels', ratios(C + 'new-batch-1', FORWARD, PEER, f'{MMDCN}, new kernels'), least=3),
     Goal("RoI pooling / torchvision's RoIAlign, NCHW, forward", ratios(R, FORWARD, POOL, ALIGN), most=0.7),
     Goal("RoI pooling / torchvision's RoIAlign, forward + backward", ratios(R, TRAINING, POOL, ALIGN), most=0.6),
     Goal(

@@ -300,10 +300,11 @@ FusedForm hopper_form(const FusedForward& call, int32_t device) {
 }
 
 // With fewer blocks too many multiprocessors are idle, and columns are faster.
-bool occupies(const FusedForward& call, const FusedShape& shape, int32_t device) {
-  constexpr double kLeastBlocks = 0.6;  // per multiprocessor; measured on an H100
+bool occupies(const FusedForward& call, FusedForm form, int32_t device) {
+  const double least_blocks = form == kNew ? 0.2 : 0.6;  // per multiprocessor: an estimate; measured on an H100
+  const FusedShape shape = fused_shape(call, form, device);
   const int64_t blocks = int64_t{call.positions() + shape.rows - 1} / shape.rows * (call.out_channels / shape.columns);
-  return blocks >= kLeastBlocks * multiprocessors(device);
+  return blocks >= least_blocks * multiprocessors(device);
 }
 
 }  // namespace
@@ -313,7 +314,7 @@ FusedForm fused_form(const FusedForward& call, int32_t device) {
   const int capability =
       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
   const FusedForm form = capability == 90 ? hopper_form(call, device) : FusedForm::kMma;
-  const bool runs = fits(call, form, device) && occupies(call, fused_shape(call, form, device), device);
+  const bool runs = fits(call, form, device) && occupies(call, form, device);
   return runs ? form : FusedForm::kNone;
 }
 
