@@ -78,6 +78,36 @@ def test_gradients_at_once_on_cuda_equal_the_cpu(
         actual = gradients(torch.Tensor.cuda)
     assert any('Backpropagate' in event.name for event in profile.events())
     for one, other in zip(actual, expected, strict=True):
-        # The columns' gradient and the samples are rounded, then summed.
-        scale = other.abs().max().item() if other.numel() else 0
-        torch.testing.assert_close(one.cpu().float(), other, rtol=0, atol=8 * torch.finfo(dtype).eps * (1 + scale))
+        _compare(one.cpu().float(), other, dtype)
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('dtype', [torch.float32, *LOW], ids=str)
+def test_a_cuda_graph_replays_forward_and_backward(dtype: torch.dtype) -> None:
+    call = FUSED['128 channels'].draw(dtype, 'cuda').map(torch.Tensor.requires_grad_)
+    tensors, grad_output = tuple(call.tensors().values()), draw_grad_output(call)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        output = call(deform_conv2d)
+        return output, *torch.autograd.grad(output, tensors, grad_output)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # what is done once only must not be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        for tensor in (*tensors, grad_output):
+            tensor.copy_(tensor.flip(0))
+    graph.replay()
+    for one, other in zip(replayed, step(), strict=True):
+        _compare(one, other, dtype)
+
+
+def _compare(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Compare sums of numbers that are rounded to a type."""
+    scale = expected.abs().max().item() if expected.numel() else 0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=8 * torch.finfo(dtype).eps * (1 + scale))
