@@ -36,6 +36,7 @@ def main(description: str | None, export: Callable[..., None], suffix: str) -> N
         parser.error(f'--out must end with {suffix}, got {out}')
     mmdcn.patch_mmdet()
     model = load_detector(args.config, args.checkpoint)
+    print(f'exporting {args.config}, which takes a minute or more', flush=True)
     try:
         export(model, out, describe(model, model.cfg), size=tuple(args.size))
     except (NotImplementedError, ValueError) as error:
