@@ -132,13 +132,14 @@ CASES = {
     'several tiles of positions': Case((3, 2), (33, 37), (2, 3), padding=(1, 1)),
 }
 # One CUDA kernel can compute their gradients of input, offset and mask. There is one for each number of lanes that
-# share a sample, and one with taps for two thread blocks.
+# share a sample, in half types and in float32, and there are some with taps for several thread blocks.
 AT_ONCE = {
     '8 lanes': Case((32, 3), (9, 10), (3, 3), (1, 2), (1, 1), (2, 1), offset_groups=2),
     '8 lanes, two blocks of taps': Case((16, 2), (6, 11), (2, 8), padding=(1, 4), groups=2),
-    '16 lanes': Case((72, 2), (5, 4), (3, 3), padding=(1, 2), mask=False),
-    'a warp': Case((136, 3), (4, 5), (3, 3), padding=(1, 1)),
-    'more vectors than a warp has lanes': Case((264, 2), (4, 3), (3, 3), padding=(1, 1)),
+    '8 or 16 lanes': Case((40, 3), (5, 9), (3, 3), padding=(1, 1)),
+    '16 lanes or a warp': Case((72, 2), (5, 4), (3, 3), padding=(1, 2), mask=False),
+    'a warp': Case((128, 3), (4, 5), (3, 3), padding=(1, 1)),
+    'groups, three blocks of taps': Case((96, 4), (6, 7), (5, 5), padding=(2, 1), groups=2, offset_groups=4),
 }
 COPIED_IN_PARTS = Case((70, 4), (340, 310), (2, 3), (37, 41), (1, 0), groups=2, offset_groups=5)
 

@@ -153,17 +153,26 @@ def test_deform_conv2d_adds_up_the_samples_of_a_block_in_a_fixed_order(
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
-@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('seed', range(2))
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('name', AT_ONCE)
 def test_deform_conv2d_computes_gradients_at_once(
-    host: object, library: Path, name: str, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+    host: object,
+    library: Path,
+    name: str,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = AT_ONCE[name]
     call = case.draw(dtype)
     call.offset[0, 0, 0, 0], call.offset[0, -1, -1, -1], call.input[0, 3, 1, 2] = torch.inf, torch.nan, torch.nan
+    images = (tensor.contiguous(memory_format=memory_format) for tensor in (draw_grad_output(call), call.input))
+    places = (call.offset.float(), None if call.mask is None else call.mask.float())  # as under autocast
     geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
-    arguments = (draw_grad_output(call), call.input, call.offset, call.mask, call.weight, *geometry)
+    arguments = (*images, *places, call.weight, *geometry)
     launches = ctypes.c_uint32.in_dll(ctypes.CDLL(library), 'mmdcn_host_launches_of_warps')
     counts = []
     for kernels in ('tested', 'new'):
@@ -178,6 +187,26 @@ def test_deform_conv2d_computes_gradients_at_once(
         for pair in zip(*gradients, strict=True):
             _compare(pair, TOLERANCES[dtype])
     assert counts[0] == 2 * counts[1]
+
+
+@pytest.mark.parametrize('name', ['12 channels', '264 channels', 'few taps'])
+def test_deform_conv2d_computes_gradients_one_by_one_where_one_kernel_cannot(
+    host: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('MMDCN_CUDA_KERNELS', 'new')
+    case = {
+        '12 channels': Case((12, 3), (5, 6), (3, 3), padding=(1, 1)),
+        '264 channels': Case((264, 2), (4, 3), (3, 3), padding=(1, 1)),
+        'few taps': Case((16, 3), (5, 6), (1, 2)),
+    }[name]
+    call = case.draw(torch.bfloat16)
+    geometry = (call.stride, call.padding, call.dilation, call.groups, case.offset_groups)
+    arguments = (draw_grad_output(call), call.input, call.offset, call.mask, call.weight, *geometry)
+    gradients = (
+        ops.deform_conv2d_backward(*arguments, (True, True, True, True), False) for ops in (host, torch.ops.mmdcn)
+    )
+    for pair in zip(*gradients, strict=True):
+        _compare(pair, TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize('dtype', TOLERANCES)

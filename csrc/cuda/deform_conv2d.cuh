@@ -33,7 +33,7 @@
 //
 // Quantities of 32 bits are wide enough for every call for which `fits` is true (deform_conv2d_launch.cuh).
 //
-// This file and the two others contain what the threads of a block compute. They are C++ without CUDA, so the host can
+// This file and the others contain what the threads of a block compute. They are C++ without CUDA, so the host can
 // run them too (tests/cuda_host).
 #pragma once
 

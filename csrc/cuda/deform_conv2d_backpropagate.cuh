@@ -14,12 +14,12 @@ namespace mmdcn {
 // Does what AddToInput does, and then what Columns does, for the samples of a block. The columns of a tile do not fit
 // in the L2 cache, but those of the blocks that run at a time may, so that their gradient is read from memory only
 // once. It is on its way to that cache while the corners are sorted.
-template <typename scalar_t, int kVector, int kLanes, bool kSingle>
+template <typename scalar_t, int kVector, int kLanes>
 struct Backpropagate {
-  using Input = AddToInput<scalar_t, kVector, kLanes, kSingle, false>;
-  using Sampling = Columns<scalar_t, kVector, kLanes, kSingle, true, true>;
+  using Input = AddToInput<scalar_t, kVector, kLanes, true, false>;
+  using Sampling = Columns<scalar_t, kVector, kLanes, true, true, true>;
 
-  static constexpr uint32_t kWarps = Input::kWarps, kResident = kSingle ? 3 : 2;  // so that no registers spill
+  static constexpr uint32_t kWarps = Input::kWarps, kResident = 3;
   static constexpr uint32_t kLine = 128 / sizeof(Vector<scalar_t, kVector>);
   static constexpr uint32_t kPrefetched = 2 * kLine;  // of each sample; more might not stay until it is used
 
@@ -37,7 +37,7 @@ struct Backpropagate {
     prefetch_columns(block, threads);
     input.run(block, shared.input, threads);
     threads.sync();
-    const auto [patch, offset_group, tap] = input.samples(opaque(block), threads);
+    const auto [patch, offset_group, tap] = input.samples(opaque(block), threads);  // no register held them
     if (tap >= input.tile.taps.divisor) return;
     sampling.run_warp(patch, offset_group, tap, shared.sampling[threads.group], threads);
   }

@@ -89,7 +89,7 @@ void backward(DeviceCall<scalar_t>& call, const Tensor& grad_output, const Gradi
                        g.group_out_channels(), false, call.allow_tf32);
       }
       if (sorts) add_deterministically(tile, corners, grad_output, input_sum);
-      launch_backpropagate(tile, sorts ? nullptr : input_sum, grad_offset, grad_mask, gradients.needs_weight);
+      launch_gradients(tile, sorts ? nullptr : input_sum, grad_offset, grad_mask, gradients.needs_weight);
       if (gradients.needs_weight) add_weight_gradient(call, grads, tile, grad_weight, std::exchange(adds, true));
     });
     if (sums) grad_input->write(input_sum, first, images);

@@ -154,26 +154,31 @@ void launch_input_gradient(const Sampling<scalar_t>& s, compute_t<scalar_t>* gra
   });
 }
 
-// Whether one kernel should compute the gradients of input, offset and mask: it has not run on a GPU yet.
-template <typename scalar_t>
-bool is_backpropagated_at_once(const Sampling<scalar_t>& s) {
-  constexpr int64_t kWarps = AddToInput<scalar_t, 1, kWarp, false>::kWarps;
-  const int64_t taps = s.geometry.taps();
-  const bool most_warps_have_a_tap = 8 * taps >= 7 * kWarps * ceil_div(taps, kWarps);
-  return sizeof(scalar_t) <= 4 && is_vectorized(s) && most_warps_have_a_tap && runs_new_kernels();
+// Returns false, and launches nothing, if too many warps have no tap.
+template <int kVector, int kLanes, typename scalar_t>
+bool launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input,
+                          compute_t<scalar_t>* grad_offset, compute_t<scalar_t>* grad_mask) {
+  using Body = Backpropagate<scalar_t, kVector, kLanes>;
+  const int64_t taps = s.geometry.taps(), warps = ceil_div(taps, Body::kWarps) * Body::kWarps;
+  if (8 * (warps - taps) > warps) return false;
+  const auto tile =
+      make_tile<scalar_t, kVector>(s, s.geometry.offset_groups, Body::kResident * multiprocessors(s.device));
+  launch_warps(Body{{tile, grad_input}, {tile, grad_offset, grad_mask}}, s.device);
+  return true;
 }
 
+// Computes all three gradients with one kernel, if it suits the call; else returns false. It has not run on a GPU yet.
 template <typename scalar_t>
-void launch_at_once(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input, compute_t<scalar_t>* grad_offset,
+bool launch_at_once(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input, compute_t<scalar_t>* grad_offset,
                     compute_t<scalar_t>* grad_mask) {
-  if (s.count == 0) return;
+  if (s.count == 0 || !runs_new_kernels()) return false;
+  bool launched = false;
   with_single(s, [&](auto vector, auto lanes, auto single) {
-    if constexpr (vector > 1 && sizeof(scalar_t) <= 4) {
-      const auto tile = make_tile<scalar_t, vector>(s, s.geometry.offset_groups, 2 * multiprocessors(s.device));
-      launch_warps(Backpropagate<scalar_t, vector, lanes, single>{{tile, grad_input}, {tile, grad_offset, grad_mask}},
-                   s.device);
+    if constexpr (vector > 1 && single && sizeof(scalar_t) <= 4) {
+      launched = launch_backpropagate<vector, lanes>(s, grad_input, grad_offset, grad_mask);
     }
   });
+  return launched;
 }
 
 }  // namespace launching
@@ -188,11 +193,11 @@ void launch_sample_columns(const Sampling<scalar_t>& s) {
 // writes those of offset [B, 2*G*K, H_out, W_out] and mask [B, G*K, H_out, W_out], both dense. Each is null if not
 // needed. If `samples`, then overwrites the columns with the samples.
 template <typename scalar_t>
-void launch_backpropagate(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input,
-                          compute_t<scalar_t>* grad_offset, compute_t<scalar_t>* grad_mask, bool samples) {
+void launch_gradients(const Sampling<scalar_t>& s, compute_t<scalar_t>* grad_input, compute_t<scalar_t>* grad_offset,
+                      compute_t<scalar_t>* grad_mask, bool samples) {
   const bool needs_sampling = grad_offset || grad_mask;
-  if (grad_input && needs_sampling && samples && launching::is_backpropagated_at_once(s)) {
-    return launching::launch_at_once(s, grad_input, grad_offset, grad_mask);
+  if (grad_input && needs_sampling && samples && launching::launch_at_once(s, grad_input, grad_offset, grad_mask)) {
+    return;
   }
   if (grad_input) launching::launch_input_gradient(s, grad_input);
   if (!needs_sampling) {

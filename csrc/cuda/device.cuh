@@ -139,7 +139,8 @@ __device__ __forceinline__ void store(V* target, const V& value) {
   *reinterpret_cast<Raw<V>*>(target) = bits_of<Raw<V>>(value);
 }
 
-// For memory that the same block writes later, after a barrier.
+// For memory that the block writes later: use the value before the barrier in between. The assembly is for `opaque`
+// pointers.
 template <typename V>
 __device__ __forceinline__ V load_before_write(const V* source) {
   uint4 word;
@@ -149,7 +150,7 @@ __device__ __forceinline__ V load_before_write(const V* source) {
   return bits_of<V>(word);
 }
 
-// Starts to copy the 128 bytes around an address to the L2 cache.
+// Starts to copy the cache line of an address to the L2 cache.
 __device__ __forceinline__ void prefetch(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
 
 // Bypasses the L1 cache, which is left to data that are used again.
