@@ -75,6 +75,14 @@ def test_training_saves_a_checkpoint_and_its_average_precision(trained: Path) ->
     assert len([entry for entry in entries if 'loss' in entry]) == 2 * EPOCHS
 
 
+def test_a_head_with_fewer_classes_than_the_data_is_named(scenes: Path, tmp_path: Path) -> None:
+    given = 'model.roi_head.bbox_head.num_classes=4'
+    result = run('train.py', CONFIG, '--work-dir', tmp_path, *options(scenes), given)
+    assert result.returncode == 1
+    expected = f'error: the training data has 10 classes, but the config has {given}'
+    assert result.stderr.splitlines()[-1] == expected
+
+
 def test_training_moves_the_offsets(trained: Path) -> None:
     offsets = [value for key, value in weights(trained / f'epoch_{EPOCHS}.pth').items() if 'conv_offset' in key]
     assert offsets

@@ -3,7 +3,10 @@
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # While other programs run, a spinning thread can occupy the core that the thread it waits for needs. torch reads the
@@ -12,6 +15,7 @@ if not {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys():
     os.environ['GOMP_SPINCOUNT'] = '3000'
 
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from mmdcn.engine.launch import (
     LaunchError,
@@ -64,12 +68,39 @@ def apply_arguments(cfg: Config, args: argparse.Namespace) -> None:
             check_resumable(cfg.load_from)
 
 
+@contextmanager
+def classes_explained(runner: Runner) -> Iterator[None]:
+    """Name the heads that have too few classes for the data, after an error of a label that they do not have.
+
+    Raises:
+        LaunchError: Instead of such an error.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if not re.search('Class values must be smaller|Target .* is out of bounds|device-side assert', str(error)):
+            raise
+        classes = runner.train_dataloader.dataset.metainfo.get('classes') or ()
+        heads = {name.removeprefix('module.'): module for name, module in runner.model.named_modules()}
+        counts = {
+            name: getattr(head, 'num_classes', None) or 0 for name, head in heads.items() if 'rpn_head' not in name
+        }
+        few = [f'model.{name}.num_classes={count}' for name, count in counts.items() if 0 < count < len(classes)]
+        if not few:
+            raise
+        raise LaunchError(
+            f'the training data has {len(classes)} classes, but the config has {" and ".join(few)}'
+        ) from error
+
+
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     with explained(cfg):
         apply_arguments(cfg, args)
-        build_runner(cfg, 'train', 'val').train()
+        runner = build_runner(cfg, 'train', 'val')
+        with classes_explained(runner):
+            runner.train()
 
 
 if __name__ == '__main__':
