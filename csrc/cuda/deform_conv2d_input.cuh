@@ -14,7 +14,7 @@ namespace mmdcn {
 // Adds to the image with atomics. A block processes at most 9 taps of one offset group for a patch, one warp each. It
 // sorts the corners of the samples by pixel and sums those of a pixel before it adds them to the image, since the
 // kernel is bound by the rate of atomics. kLanes lanes share a pixel; with kSingle each has at most one vector. With
-// kReadOnly the kernel does not write the columns.
+// kReadOnly the kernel does not write the columns, and is as it ran on a GPU; without, it has not run there yet.
 template <typename scalar_t, int kVector, int kLanes, bool kSingle, bool kReadOnly = true>
 struct AddToInput {
   using T = compute_t<scalar_t>;
@@ -22,6 +22,7 @@ struct AddToInput {
 
   static constexpr uint32_t kWarps = 9, kThreads = kWarps * kWarp, kCorners = 4 * kThreads;
   static constexpr uint32_t kBatch = sizeof(T) == 8 ? 2 : 8;  // corners of a pixel whose loads are in flight
+  static constexpr uint32_t kLastBatch = kReadOnly ? kBatch : kBatch / 2;
   static constexpr uint32_t kResident = 2;
   static constexpr uint32_t kSlotRows = 32, kSlotColumns = 64, kSlots = kSlotRows * kSlotColumns, kNone = ~0u;
   static_assert(kSlots > kCorners);
@@ -146,7 +147,7 @@ struct AddToInput {
       if (places[k] == kNone) continue;
       const Slot slot = shared.slots[places[k] & 0xffff];
       places[k] = slot.begin();
-#pragma unroll 1
+#pragma unroll(kReadOnly ? 1 : 4)
       for (const Corner* other = shared.corners + slot.begin(); other != shared.corners + slot.end(); ++other) {
         places[k] += other->column < column;
       }
@@ -179,34 +180,47 @@ struct AddToInput {
 
   C10_DEVICE void add_corners(const Corner* corners, const Slot& slot, const V* columns, T* target,
                               const Threads& threads) const {
-    // Several at a time, so that their loads overlap; after the last one, it is repeated with weight 0.
     T sum[kVector] = {};
+    uint32_t first = slot.begin();
+    if constexpr (!kReadOnly) {
 #pragma unroll 1
-    for (uint32_t first = slot.begin(); first < slot.end(); first += kBatch) {
-      V grads[kBatch];
-      T weights[kBatch];
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
-        const bool valid = first + i < slot.end();
-        const Corner corner = corners[valid ? first + i : slot.end() - 1];
-        const V* const column = element(columns, corner.column);
-        if constexpr (kReadOnly) {
-          grads[i] = load(column);
-        } else {
-          grads[i] = load_before_write(column);
-        }
-        weights[i] = valid ? corner.weight : 0;
-      }
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
-        T grad[kVector];
-        grads[i].unpack(grad);
-        for (int v = 0; v < kVector; ++v) {
-          sum[v] += weights[i] * grad[v];
-        }
+      for (; first + kBatch <= slot.end(); first += kBatch) {
+        add_batch<kBatch, true>(corners, first, slot.end(), columns, sum);
       }
     }
+#pragma unroll 1
+    for (; first < slot.end(); first += kLastBatch) {
+      add_batch<kLastBatch, false>(corners, first, slot.end(), columns, sum);
+    }
     threads.add(target, sum);
+  }
+
+  // Several corners at a time, so that their loads overlap; after the last one, it is repeated with weight 0.
+  template <uint32_t kCount, bool kFull>
+  C10_DEVICE C10_ALWAYS_INLINE_ATTRIBUTE static void add_batch(const Corner* corners, uint32_t first, uint32_t end,
+                                                               const V* columns, T (&sum)[kVector]) {
+    V grads[kCount];
+    T weights[kCount];
+#pragma unroll
+    for (uint32_t i = 0; i < kCount; ++i) {
+      const bool valid = kFull || first + i < end;
+      const Corner corner = corners[valid ? first + i : end - 1];
+      const V* const column = element(columns, corner.column);
+      if constexpr (kReadOnly) {
+        grads[i] = load(column);
+      } else {
+        grads[i] = load_before_write(column);
+      }
+      weights[i] = valid ? corner.weight : 0;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kCount; ++i) {
+      T grad[kVector];
+      grads[i].unpack(grad);
+      for (int v = 0; v < kVector; ++v) {
+        sum[v] += weights[i] * grad[v];
+      }
+    }
   }
 };
 
