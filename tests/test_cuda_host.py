@@ -41,7 +41,7 @@ FUSED = {
     '256 channels': Case((128, 256), (9, 8), (1, 3), padding=(0, 1), mask=False),
     'one step': Case((64, 64), (3, 4), (1, 1), batch=1),
 }
-# Those for which that kernel does not suit: without vectors, with more than a warp has lanes, with too few taps.
+# Calls that the kernel of AT_ONCE cannot take: without vectors, with more than a warp has lanes, with too few taps.
 NOT_AT_ONCE = {
     '10 channels': Case((10, 3), (5, 6), (3, 3), padding=(1, 1)),
     '264 channels': Case((264, 2), (4, 3), (3, 3), padding=(1, 1)),

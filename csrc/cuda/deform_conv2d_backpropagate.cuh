@@ -37,7 +37,8 @@ struct Backpropagate {
     prefetch_columns(block, threads);
     input.run(block, shared.input, threads);
     threads.sync();
-    const auto [patch, offset_group, tap] = input.samples(opaque(block), threads);  // no register held them
+    // Computed again, so that they take no registers in between.
+    const auto [patch, offset_group, tap] = input.samples(opaque(block), threads);
     if (tap >= input.tile.taps.divisor) return;
     sampling.run_warp(patch, offset_group, tap, shared.sampling[threads.group], threads);
   }

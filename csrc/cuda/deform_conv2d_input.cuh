@@ -14,7 +14,8 @@ namespace mmdcn {
 // Adds to the image with atomics. A block processes at most 9 taps of one offset group for a patch, one warp each. It
 // sorts the corners of the samples by pixel and sums those of a pixel before it adds them to the image, since the
 // kernel is bound by the rate of atomics. kLanes lanes share a pixel; with kSingle each has at most one vector. With
-// kReadOnly the kernel does not write the columns, and is as it ran on a GPU; without, it has not run there yet.
+// kReadOnly the kernel does not write the columns. Without, as part of Backpropagate, it has not run on a GPU yet, and
+// has loops that should be faster.
 template <typename scalar_t, int kVector, int kLanes, bool kSingle, bool kReadOnly = true>
 struct AddToInput {
   using T = compute_t<scalar_t>;

@@ -139,8 +139,8 @@ __device__ __forceinline__ void store(V* target, const V& value) {
   *reinterpret_cast<Raw<V>*>(target) = bits_of<Raw<V>>(value);
 }
 
-// For memory that the block writes later: use the value before the barrier in between. The assembly is for `opaque`
-// pointers.
+// A load through the L1 cache, of 16 bytes that the block writes later. The value must be used before the barrier in
+// between. It is assembly because the compiler does not know that an `opaque` pointer points to global memory.
 template <typename V>
 __device__ __forceinline__ V load_before_write(const V* source) {
   uint4 word;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints for a model as it is: found by their name, and refused if they do not fit. Devices to run it on."""
+"""What a tool needs to run a detector: a checkpoint, found by its name and refused if it does not fit, and a device."""
 
 from pathlib import Path
 
